@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class Account:
     gid: int
 
 
-def _death_signal_setter(death_signal: int) -> object | None:
+def _death_signal_setter(death_signal: int) -> Callable[[], None] | None:
     """A function for the child, between fork and exec, that ties its life to its parent's.
 
     Everything is looked up here, before the fork: afterwards only plain calls are safe.
@@ -71,7 +71,7 @@ def spawn(
             stderr=output,
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=_death_signal_setter(death_signal),  # type: ignore[arg-type]
+            preexec_fn=_death_signal_setter(death_signal),  # noqa: PLW1509 (it takes no lock, see there)
             user=None if account is None else account.uid,
             group=None if account is None else account.gid,
             extra_groups=None if account is None else [],
