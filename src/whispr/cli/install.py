@@ -84,15 +84,41 @@ def count(root: Path, groups: list[str]) -> int:
     return sum("==" in line for line in lines)
 
 
+def find_uv(root: Path, python: Path) -> str | None:
+    """The machine's uv, or one that pip puts into the environment; None when neither can be had."""
+    inside = python.parent / "uv"
+    found = shutil.which("uv") or (str(inside) if inside.exists() else None)
+    if found is not None:
+        return found
+    command = [*pip_command(python), "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--require-hashes", "--only-binary", ":all:", *requirement_files(root, ["installer"])]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    return str(inside) if outcome.returncode == 0 and inside.exists() else None
+
+
 def install_with_uv(root: Path, groups: list[str], python: Path) -> bool:
-    uv = shutil.which("uv")
+    uv = find_uv(root, python)
     if uv is None:
         return False
     command = [uv, "pip", "install", "--python", str(python), "--require-hashes", "--only-binary", ":all:"]
-    if subprocess.run([*command, *requirement_files(root, groups)], check=False).returncode == 0:
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    environment = {**package_index(), **os.environ}
+    outcome = subprocess.run(
+        [*command, *quiet, *requirement_files(root, groups)], env=environment, check=False
+    )
+    if outcome.returncode == 0:
         return True
     say("uv could not install; trying pip.")
     return False
+
+
+def package_index() -> dict[str, str]:
+    """The package index that pip is told to use on this machine, as uv wants to be told: uv does not read pip's."""
+    index = os.environ.get("PIP_INDEX_URL")
+    if not index:
+        asked = [sys.executable, "-m", "pip", "config", "get", "global.index-url"]
+        index = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return {"UV_DEFAULT_INDEX": index} if index else {}
 
 
 def pip_command(python: Path) -> list[str]:
@@ -100,10 +126,8 @@ def pip_command(python: Path) -> list[str]:
     own = [str(python), "-m", "pip"]
     if subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0:
         return own
-    bundled = subprocess.run(
-        [str(python), "-m", "ensurepip", "--default-pip"], capture_output=True, text=True, check=False
-    )
-    if bundled.returncode == 0:
+    bundled = [str(python), "-m", "ensurepip", "--default-pip"]
+    if subprocess.run(bundled, capture_output=True, check=False).returncode == 0:
         return own
     outside = [sys.executable, "-m", "pip", "--python", str(python)]
     if subprocess.run([*outside, "--version"], capture_output=True, check=False).returncode == 0:
