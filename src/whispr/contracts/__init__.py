@@ -1,0 +1,1 @@
+"""Generated from proto/, checked in, never edited."""

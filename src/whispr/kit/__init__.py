@@ -1,0 +1,1 @@
+"""What every service stands on. The kit knows no service."""

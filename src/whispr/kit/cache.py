@@ -1,0 +1,230 @@
+"""Valkey/Redis: transient data, hints between processes, and request-rate limits.
+
+Losing it entirely costs latency, never data: everything in it can be rebuilt, and whoever missed a hint finds out by
+reading PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import RedisError
+
+from whispr.kit.errors import RateLimited, Unavailable
+from whispr.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+Handler = Callable[[bytes], None]
+
+LOST_CACHE: tuple[type[BaseException], ...] = (RedisError, OSError, asyncio.TimeoutError)
+
+
+class CacheUnavailable(Unavailable):
+    """The cache is not available. Try again."""
+
+    code = "cache_unavailable"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, retry_after=1)
+
+
+class Cache:
+    """One process's door to Valkey.
+
+    `client` answers bytes; its calls raise members of `LOST_CACHE` when Valkey is away. `run()` is the supervised loop
+    that keeps the subscriptions.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 2.0) -> None:
+        self.client: Redis = Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            health_check_interval=15,
+            max_connections=50,
+            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+        )
+        # Reading a subscription waits for hints for as long as there are none, so it must not share the deadline.
+        self._subscriber: Redis = Redis.from_url(
+            url, socket_timeout=None, socket_connect_timeout=timeout, health_check_interval=0
+        )
+        self._handlers: dict[str, list[Handler]] = {}
+        self._pubsub: PubSub | None = None
+        self._changed = asyncio.Event()
+        self._subscribed: set[str] = set()
+        self._on_reconnect: list[Callable[[], None]] = []
+        self._connected_before = False
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.client.aclose()
+        await self._subscriber.aclose()
+
+    async def ready(self) -> None:
+        """Raise `CacheUnavailable` unless Valkey answers now."""
+        try:
+            await asyncio.wait_for(self.client.execute_command("PING"), 1.0)
+        except LOST_CACHE as error:
+            raise CacheUnavailable from error
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        """Send a hint. Raises `CacheUnavailable`; whoever must know reads the truth from PostgreSQL."""
+        try:
+            await self.client.publish(channel, message)
+        except LOST_CACHE as error:
+            raise CacheUnavailable from error
+
+    def subscribe(self, channel: str, handler: Handler) -> None:
+        """Call `handler` with each message of `channel`, in the order they were published."""
+        self._handlers.setdefault(channel, []).append(handler)
+        self._changed.set()
+
+    def unsubscribe(self, channel: str, handler: Handler) -> None:
+        """Stop calling `handler`; the channel is left when it was the last one."""
+        handlers = self._handlers.get(channel, [])
+        if handler in handlers:
+            handlers.remove(handler)
+        if not handlers:
+            self._handlers.pop(channel, None)
+        self._changed.set()
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call `callback` when subscriptions are back after a loss: hints were missed meanwhile."""
+        self._on_reconnect.append(callback)
+
+    @property
+    def subscribed(self) -> frozenset[str]:
+        """Channels whose subscription the server has been told of."""
+        return frozenset(self._subscribed)
+
+    async def run(self) -> None:
+        """Keep the subscriptions for ever, over any loss of Valkey."""
+        while True:
+            try:
+                await self._serve_subscriptions()
+            except LOST_CACHE as error:
+                log.warning("cache_subscription_lost", error=type(error).__name__)
+            finally:
+                self._subscribed = set()
+                await self._drop_pubsub()
+            await asyncio.sleep(0.2)
+
+    async def _serve_subscriptions(self) -> None:
+        self._pubsub = self._subscriber.pubsub(ignore_subscribe_messages=True)
+        # A channel nobody publishes to keeps the connection in subscribed mode while there is nothing else to hear.
+        await self._pubsub.subscribe("whispr:idle")
+        await self._follow_handlers()
+        if self._connected_before:
+            for callback in self._on_reconnect:
+                callback()
+        self._connected_before = True
+        reader = asyncio.create_task(self._read(self._pubsub))
+        try:
+            while True:
+                changed = asyncio.create_task(self._changed.wait())
+                done, _ = await asyncio.wait({reader, changed}, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+                if reader in done:
+                    reader.result()
+                    return
+                await self._follow_handlers()
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _follow_handlers(self) -> None:
+        assert self._pubsub is not None
+        self._changed.clear()
+        wanted = set(self._handlers)
+        for channels, change in (
+            (wanted - self._subscribed, self._pubsub.subscribe),
+            (self._subscribed - wanted, self._pubsub.unsubscribe),
+        ):
+            if channels:
+                await asyncio.wait_for(change(*channels), 5)
+        self._subscribed = wanted
+
+    async def _read(self, pubsub: PubSub) -> None:
+        while True:
+            message: dict[str, Any] | None = await pubsub.get_message(timeout=None)
+            if message is None or message["type"] != "message":
+                continue
+            for handler in tuple(self._handlers.get(message["channel"].decode(), ())):
+                try:
+                    handler(message["data"])
+                except Exception:
+                    # One bad hint must not end the subscription that everything else lives on.
+                    log.exception("cache_hint_failed", channel=message["channel"].decode())
+
+    async def _drop_pubsub(self) -> None:
+        if self._pubsub is None:
+            return
+        pubsub, self._pubsub = self._pubsub, None
+        try:
+            await asyncio.wait_for(pubsub.aclose(), 1)
+        except LOST_CACHE:
+            pass
+
+
+# GCRA: the key holds the theoretical arrival time in microseconds of the server's clock, so that processes with
+# skewed clocks share one limit. Returns 0 when allowed, else microseconds to wait.
+_GCRA = """
+local now = redis.call('TIME')
+local t = now[1] * 1000000 + now[2]
+local interval = tonumber(ARGV[1])
+local burst = tonumber(ARGV[2])
+local tat = tonumber(redis.call('GET', KEYS[1]) or t)
+if tat < t then tat = t end
+if tat + interval - t > interval * burst then return tat + interval - t - interval * burst end
+redis.call('SET', KEYS[1], string.format('%.0f', tat + interval), 'PX', math.ceil((tat + interval - t) / 1000) + 1)
+return 0
+"""
+
+
+class RateLimiter:
+    """Request-rate limits shared by all processes; local to the process while Valkey is away.
+
+    A limit of `limit` per `period` seconds allows bursts of `limit` and then one per `period / limit`.
+    """
+
+    _LOCAL_KEYS = 10_000
+
+    def __init__(self, cache: Cache, *, enabled: bool = True) -> None:
+        self._cache = cache
+        self._enabled = enabled
+        self._script = cache.client.register_script(_GCRA)
+        self._local: OrderedDict[str, float] = OrderedDict()
+
+    async def check(self, name: str, key: str, limit: int, period: float) -> None:
+        """Count one request of `key` against the limit `name`. Raises `RateLimited` with the seconds to wait."""
+        if not self._enabled:
+            return
+        interval = period / limit
+        full_key = f"ratelimit:{name}:{key}"
+        try:
+            wait = int(await self._script(keys=[full_key], args=[int(interval * 1e6), limit])) / 1e6
+        except LOST_CACHE:
+            wait = self._check_local(full_key, interval, limit)
+        if wait > 0:
+            raise RateLimited(retry_after=max(1.0, round(wait, 1)), limit=name)
+
+    def _check_local(self, key: str, interval: float, limit: int) -> float:
+        now = time.monotonic()
+        arrival = max(self._local.get(key, now), now)
+        wait = arrival + interval - now - interval * limit
+        if wait > 0:
+            return wait
+        self._local[key] = arrival + interval
+        self._local.move_to_end(key)
+        if len(self._local) > self._LOCAL_KEYS:
+            self._local.popitem(last=False)
+        return 0.0
