@@ -1,0 +1,275 @@
+"""The gateway where Envoy has no wheel: the same routes, bodies and retries, in one Python process.
+
+It passes tokens on unread and limits nobody: the services check tokens and hold the exact limits themselves.
+"""
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from aiohttp import (
+    ClientConnectorError,
+    ClientError,
+    ClientSession,
+    ClientTimeout,
+    TCPConnector,
+    WSMsgType,
+    web,
+)
+from multidict import CIMultiDict
+
+from whispr.instance.catalog import Route
+from whispr.instance.gateway import Plan
+
+# They belong to one connection, not to the message (RFC 9110, section 7.6.1).
+HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+REQUEST_ID = "x-request-id"
+FRAME_BYTES = 1024 * 1024
+CHUNK_BYTES = 64 * 1024
+# As in Envoy's configuration: enough tries to bridge the restart of a service.
+TRIES = 12
+PAUSE_SECONDS = 0.35
+
+
+class Gateway:
+    """Passes requests on as `plan` says."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._session: ClientSession | None = None
+
+    def application(self) -> web.Application:
+        application = web.Application(client_max_size=0)
+        application.router.add_route("*", "/{path:.*}", self.handle)
+        application.cleanup_ctx.append(self._open_session)
+        return application
+
+    async def _open_session(self, _: web.Application) -> AsyncIterator[None]:
+        connector = TCPConnector(limit=0, keepalive_timeout=30)
+        timeout = ClientTimeout(total=None, sock_connect=1.0)
+        async with ClientSession(connector=connector, timeout=timeout, auto_decompress=False) as session:
+            self._session = session
+            yield
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        request_id = request.headers.get(REQUEST_ID) or str(uuid.uuid4())
+        try:
+            response = await self._dispatch(request, request_id)
+        except (ClientError, TimeoutError):
+            response = problem(503, "unavailable", "The service is not available at the moment.", request_id)
+        if not response.prepared:
+            response.headers.setdefault(REQUEST_ID, request_id)
+        return response
+
+    async def _dispatch(self, request: web.Request, request_id: str) -> web.StreamResponse:
+        if request.path == "/readyz":
+            return await self._pass(request, request_id, self._plan.readiness, None)
+        route = find(self._plan.routes, request.path)
+        if route is None:
+            return problem(404, "not_found", "There is nothing at this address.", request_id)
+        port = self._plan.addresses[route.service, route.door]
+        if route.door == "socket":
+            return await self._pass_socket(request, request_id, port)
+        if route.max_body is not None and (request.content_length or 0) > route.max_body:
+            return problem(413, "too_large", "The request is too large.", request_id)
+        async with asyncio.timeout(route.timeout):
+            return await self._pass(request, request_id, port, route.max_body)
+
+    async def _pass(
+        self, request: web.Request, request_id: str, port: int, max_body: int | None
+    ) -> web.StreamResponse:
+        headers = forwarded_headers(request, request_id)
+        url = f"http://127.0.0.1:{port}{request.raw_path}"
+        # A body is read once: where the first try never reached the service, the next one needs it again.
+        body: Any = (
+            request.content if request.can_read_body and max_body is None else await _read(request, max_body)
+        )
+        if body is TOO_LARGE:
+            return problem(413, "too_large", "The request is too large.", request_id)
+        for attempt in range(TRIES):
+            try:
+                async with self._client.request(
+                    request.method, url, headers=headers, data=body, allow_redirects=False
+                ) as answer:
+                    return await _relay(request, answer.status, answer.headers, answer.content)
+            except ClientConnectorError:
+                if attempt == TRIES - 1 or body is request.content:
+                    raise
+                await asyncio.sleep(PAUSE_SECONDS)
+        raise AssertionError("the last try returns or raises")
+
+    async def _pass_socket(self, request: web.Request, request_id: str, port: int) -> web.StreamResponse:
+        upgrade = web.WebSocketResponse(
+            autoping=False, autoclose=False, max_msg_size=FRAME_BYTES, protocols=_protocols(request)
+        )
+        if not upgrade.can_prepare(request):
+            return await self._pass(request, request_id, port, CHUNK_BYTES)
+        headers = forwarded_headers(request, request_id)
+        for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
+            headers.popall(name, None)
+        async with self._client.ws_connect(
+            f"http://127.0.0.1:{port}{request.raw_path}",
+            headers=headers,
+            protocols=_protocols(request),
+            autoping=False,
+            autoclose=False,
+            max_msg_size=FRAME_BYTES,
+        ) as service:
+            await upgrade.prepare(request)
+            pumps = {
+                asyncio.create_task(_pump(upgrade, service)),
+                asyncio.create_task(_pump(service, upgrade)),
+            }
+            _, waiting = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return upgrade
+
+    @property
+    def _client(self) -> ClientSession:
+        if self._session is None:
+            raise RuntimeError("The gateway has not been started.")
+        return self._session
+
+
+TOO_LARGE = object()
+
+
+async def _read(request: web.Request, limit: int | None) -> Any:
+    """The whole body; TOO_LARGE as soon as it passes `limit` bytes."""
+    parts, size = [], 0
+    async for part in request.content.iter_chunked(CHUNK_BYTES):
+        size += len(part)
+        if limit is not None and size > limit:
+            return TOO_LARGE
+        parts.append(part)
+    return b"".join(parts) or None
+
+
+async def _relay(
+    request: web.Request, status: int, headers: Mapping[str, str], content: Any
+) -> web.StreamResponse:
+    response = web.StreamResponse(status=status)
+    for name, value in headers.items():
+        if name.lower() not in HOP_BY_HOP:
+            response.headers.add(name, value)
+    await response.prepare(request)
+    async for part in content.iter_chunked(CHUNK_BYTES):
+        await response.write(part)
+    await response.write_eof()
+    return response
+
+
+async def _pump(source: Any, target: Any) -> None:
+    """Passes frames on until `source` closes, then closes `target` with the same code."""
+    async for message in source:
+        if message.type is WSMsgType.TEXT:
+            await target.send_str(message.data)
+        elif message.type is WSMsgType.BINARY:
+            await target.send_bytes(message.data)
+        elif message.type is WSMsgType.PING:
+            await target.ping(message.data)
+        elif message.type is WSMsgType.PONG:
+            await target.pong(message.data)
+    with contextlib.suppress(ConnectionError):
+        await target.close(code=source.close_code or 1001)
+
+
+def forwarded_headers(request: web.Request, request_id: str) -> "CIMultiDict[str]":
+    """The client's headers with the request id and, last in `X-Forwarded-For`, the address we saw."""
+    named = {name.strip().lower() for name in request.headers.get("connection", "").split(",")}
+    headers = CIMultiDict(
+        (name, value) for name, value in request.headers.items() if name.lower() not in HOP_BY_HOP | named
+    )
+    headers[REQUEST_ID] = request_id
+    chain = [part for part in (request.headers.get("x-forwarded-for"), request.remote) if part]
+    headers["x-forwarded-for"] = ", ".join(chain)
+    headers["x-forwarded-proto"] = "http"
+    return headers
+
+
+def find(routes: tuple[Route, ...], path: str) -> Route | None:
+    """The first route that `path` belongs to."""
+    for route in routes:
+        if path == route.prefix or (not route.exact and path.startswith(f"{route.prefix}/")):
+            return route
+    return None
+
+
+def problem(status: int, code: str, detail: str, request_id: str) -> web.Response:
+    """An answer of the gateway itself, in the form of the services' own."""
+    document = {
+        "type": "about:blank",
+        "title": {404: "Not Found", 413: "Content Too Large", 503: "Service Unavailable"}[status],
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": request_id,
+    }
+    headers = {"access-control-allow-origin": "*", **({"retry-after": "1"} if status == 503 else {})}
+    return web.Response(
+        status=status,
+        body=json.dumps(document).encode(),
+        content_type="application/problem+json",
+        headers=headers,
+    )
+
+
+def _protocols(request: web.Request) -> list[str]:
+    offered = request.headers.get("sec-websocket-protocol", "")
+    return [part.strip() for part in offered.split(",") if part.strip()]
+
+
+def decode(text: str) -> Plan:
+    """The plan that `encode` wrote."""
+    raw = json.loads(text)
+    raw["routes"] = tuple(Route(**route) for route in raw["routes"])
+    raw["addresses"] = {(service, door): port for service, door, port in raw["addresses"]}
+    return Plan(**raw)
+
+
+def encode(plan: Plan) -> str:
+    """The plan as a file for the gateway's process."""
+    fields = {name: getattr(plan, name) for name in plan.__slots__}
+    fields["routes"] = [{name: getattr(route, name) for name in route.__slots__} for route in plan.routes]
+    fields["addresses"] = [[service, door, port] for (service, door), port in plan.addresses.items()]
+    return json.dumps(fields, indent=1)
+
+
+async def serve(plan: Plan) -> None:
+    """Serves the public port until SIGTERM."""
+    runner = web.AppRunner(Gateway(plan).application(), access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    await web.TCPSite(runner, plan.host, plan.port).start()
+    stopped = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
+    await stopped.wait()
+    await runner.cleanup()
+
+
+def main() -> None:
+    import uvloop
+
+    plan = decode(sys.stdin.read())
+    uvloop.run(serve(plan))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Ends processes that an earlier supervisor of the same data directory left behind when it was killed."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from whispr.instance.children import wait_gone
+
+# Every child carries it, so that a process can be told from a stranger that was given its number since.
+MARK = "WHISPR_INSTANCE"
+
+
+def end_leftovers(root: Path, record: dict[str, Any] | None) -> list[int]:
+    """Kills what `record` (the last run.json) names and is still ours; returns the pids. PostgreSQL is left to its own
+    start, which ends a leftover cleanly."""
+    ended = []
+    for pid in _pids(record or {}):
+        if is_of(root, pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            wait_gone(pid, 5.0)
+            ended.append(pid)
+    return ended
+
+
+def is_of(root: Path, pid: int) -> bool:
+    """True when `pid` is a living child of an instance over `root`."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        # Valkey writes its title over its environment; its working folder still tells.
+        return process.environ().get(MARK) == str(root) or Path(process.cwd()).is_relative_to(root)
+    except (psutil.Error, OSError):
+        return False
+
+
+def _pids(record: dict[str, Any]) -> Iterator[int]:
+    parts = [*record.get("services", {}).values(), record.get("valkey", {}), record.get("gateway", {})]
+    for part in parts:
+        pid = part.get("pid") if isinstance(part, dict) else None
+        if isinstance(pid, int):
+            yield pid
