@@ -16,20 +16,22 @@ class GetProfilesRequest(_message.Message):
     def __init__(self, user_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("user_id", "username", "display_name", "avatar_media_id", "locale", "time_zone")
+    __slots__ = ("user_id", "username", "display_name", "avatar_media_id", "locale", "time_zone", "read_receipts")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     USERNAME_FIELD_NUMBER: _ClassVar[int]
     DISPLAY_NAME_FIELD_NUMBER: _ClassVar[int]
     AVATAR_MEDIA_ID_FIELD_NUMBER: _ClassVar[int]
     LOCALE_FIELD_NUMBER: _ClassVar[int]
     TIME_ZONE_FIELD_NUMBER: _ClassVar[int]
+    READ_RECEIPTS_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     username: str
     display_name: str
     avatar_media_id: str
     locale: str
     time_zone: str
-    def __init__(self, user_id: _Optional[str] = ..., username: _Optional[str] = ..., display_name: _Optional[str] = ..., avatar_media_id: _Optional[str] = ..., locale: _Optional[str] = ..., time_zone: _Optional[str] = ...) -> None: ...
+    read_receipts: bool
+    def __init__(self, user_id: _Optional[str] = ..., username: _Optional[str] = ..., display_name: _Optional[str] = ..., avatar_media_id: _Optional[str] = ..., locale: _Optional[str] = ..., time_zone: _Optional[str] = ..., read_receipts: _Optional[bool] = ...) -> None: ...
 
 class GetProfilesResponse(_message.Message):
     __slots__ = ("profiles",)
