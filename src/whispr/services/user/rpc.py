@@ -1,0 +1,176 @@
+"""The gRPC door: `user.UserService`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, TypeVar, get_args
+from uuid import UUID
+
+import grpc
+import msgspec
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from whispr.contracts import user_pb2, user_pb2_grpc
+from whispr.kit.errors import Invalid
+from whispr.services.user.models import Profile, Purpose, Quotas, StorageAction, StorageRequest
+from whispr.services.user.service import UserService
+
+Call = grpc.aio.ServicerContext[Any, Any]
+Choice = TypeVar("Choice")
+
+
+class UserServicer(user_pb2_grpc.UserServiceServicer):
+    """Turns messages into calls of the rules and answers into messages."""
+
+    def __init__(self, service: UserService) -> None:
+        self._service = service
+
+    async def GetProfiles(
+        self, request: user_pb2.GetProfilesRequest, context: Call
+    ) -> user_pb2.GetProfilesResponse:
+        profiles = await self._service.profiles.batch(_ids("user_ids", request.user_ids))
+        return user_pb2.GetProfilesResponse(profiles=[_profile(profile) for profile in profiles])
+
+    async def CheckContactability(
+        self, request: user_pb2.CheckContactabilityRequest, context: Call
+    ) -> user_pb2.CheckContactabilityResponse:
+        purpose: Purpose = _choice("purpose", request.purpose, get_args(Purpose))
+        results = await self._service.relations.contactability(
+            _id("sender_id", request.sender_id), _ids("recipient_ids", request.recipient_ids), purpose
+        )
+        return user_pb2.CheckContactabilityResponse(
+            results=[
+                user_pb2.Contactability(
+                    user_id=str(item.user_id), exists=item.exists, allowed=item.allowed, reason=item.reason
+                )
+                for item in results
+            ]
+        )
+
+    async def GetPresenceVisibility(
+        self, request: user_pb2.GetPresenceVisibilityRequest, context: Call
+    ) -> user_pb2.GetPresenceVisibilityResponse:
+        subjects = await self._service.relations.presence_visibility(
+            _id("viewer_id", request.viewer_id), _ids("subject_ids", request.subject_ids)
+        )
+        return user_pb2.GetPresenceVisibilityResponse(
+            subjects=[
+                user_pb2.PresenceVisibility(
+                    user_id=str(item.user_id), online=item.online, last_seen=item.last_seen
+                )
+                for item in subjects
+            ]
+        )
+
+    async def GetUserQuotas(
+        self, request: user_pb2.GetUserQuotasRequest, context: Call
+    ) -> user_pb2.GetUserQuotasResponse:
+        quotas = await self._service.storage.quotas(_id("user_id", request.user_id))
+        return user_pb2.GetUserQuotasResponse(quotas=_quotas(quotas))
+
+    async def UpdateStorageUsage(
+        self, request: user_pb2.UpdateStorageUsageRequest, context: Call
+    ) -> user_pb2.UpdateStorageUsageResponse:
+        action: StorageAction = _choice("action", request.action, get_args(StorageAction))
+        usage = await self._service.storage.update(
+            StorageRequest(
+                operation_id=_id("operation_id", request.operation_id),
+                user_id=_id("user_id", request.user_id),
+                action=action,
+                bytes=request.bytes,
+                reservation_id=_id("reservation_id", request.reservation_id)
+                if request.reservation_id
+                else None,
+            )
+        )
+        return user_pb2.UpdateStorageUsageResponse(
+            limit=usage.limit, used=usage.used, reserved=usage.reserved
+        )
+
+    async def EraseUser(
+        self, request: user_pb2.EraseUserRequest, context: Call
+    ) -> user_pb2.EraseUserResponse:
+        # Erasing twice is erasing once, so the operation needs no record; a caller without one is still wrong.
+        _id("operation_id", request.operation_id)
+        await self._service.erasure.erase(_id("user_id", request.user_id))
+        return user_pb2.EraseUserResponse()
+
+    async def GenerateActivityReport(
+        self, request: user_pb2.GenerateActivityReportRequest, context: Call
+    ) -> user_pb2.GenerateActivityReportResponse:
+        report = await self._service.reports.activity(
+            _moment("from", getattr(request, "from")), _moment("until", request.until)
+        )
+        return user_pb2.GenerateActivityReportResponse(report=msgspec.json.encode(report).decode())
+
+    async def CleanupInactiveUsers(
+        self, request: user_pb2.CleanupInactiveUsersRequest, context: Call
+    ) -> user_pb2.CleanupInactiveUsersResponse:
+        if not request.HasField("inactive_since"):
+            # Left out it would read as 1970 by some and as "everybody" by others.
+            raise Invalid("inactive_since is needed.", field="inactive_since")
+        affected = await self._service.reports.cleanup_inactive(
+            _id("operation_id", request.operation_id),
+            _moment("inactive_since", request.inactive_since),
+            dry_run=request.dry_run,
+            limit=request.limit,
+        )
+        return user_pb2.CleanupInactiveUsersResponse(affected=affected)
+
+
+def register(service: UserService) -> Callable[[grpc.aio.Server], None]:
+    """What puts the servicer on a server."""
+
+    def add(server: grpc.aio.Server) -> None:
+        user_pb2_grpc.add_UserServiceServicer_to_server(UserServicer(service), server)
+
+    return add
+
+
+def _id(field: str, text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError as error:
+        raise Invalid(f"{field} is not a UUID.", field=field) from error
+
+
+def _ids(field: str, texts: Iterable[str]) -> list[UUID]:
+    return [_id(field, text) for text in texts]
+
+
+def _choice(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise Invalid(f"{field} is not one of {', '.join(map(str, choices))}.", field=field)
+
+
+def _moment(field: str, value: Timestamp) -> datetime:
+    try:
+        return value.ToDatetime(UTC)
+    except (ValueError, OverflowError) as error:
+        raise Invalid(f"{field} is not a moment.", field=field) from error
+
+
+def _profile(profile: Profile) -> user_pb2.Profile:
+    return user_pb2.Profile(
+        user_id=str(profile.user_id),
+        username=profile.username,
+        display_name=profile.display_name or "",
+        avatar_media_id=str(profile.avatar_media_id) if profile.avatar_media_id else "",
+        locale=profile.locale,
+        time_zone=profile.time_zone,
+        read_receipts=profile.privacy.read_receipts,
+    )
+
+
+def _quotas(quotas: Quotas) -> list[user_pb2.Quota]:
+    storage = quotas.storage
+    return [
+        user_pb2.Quota(
+            resource="storage_bytes", limit=storage.limit, used=storage.used, reserved=storage.reserved
+        ),
+        user_pb2.Quota(resource="contacts", limit=quotas.contacts_limit, used=quotas.contacts_used),
+        user_pb2.Quota(resource="blocks", limit=quotas.blocks_limit, used=quotas.blocks_used),
+    ]
