@@ -1,0 +1,1 @@
+"""The rules of messaging, by subject. No transport, no SQL."""

@@ -1,0 +1,147 @@
+"""Reading what happened: messages, the dense log, and what a device has not acknowledged."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from uuid import UUID
+
+from whispr.kit.db import Connection, Database
+from whispr.services.messaging.models import (
+    CommittedEvent,
+    EventsPage,
+    Membership,
+    MessageNotFound,
+    MessagesPage,
+    RecipientStatus,
+    UndeliveredPage,
+)
+from whispr.services.messaging.service.directory import Directory
+from whispr.services.messaging.store import conversations, members
+from whispr.services.messaging.store import history as store
+
+NEW_DEVICE_WINDOW = 200
+"""How many of the newest events of a conversation are pushed to a device that is new in it."""
+
+_FIRST = UUID(int=0)
+
+
+class History:
+    """Reads of the log. Each takes the `Membership` that allows it and honours its floor."""
+
+    def __init__(self, db: Database, directory: Directory) -> None:
+        self._db = db
+        self._directory = directory
+        self._epoch: UUID | None = None
+
+    async def epoch(self) -> UUID:
+        """The id of the database's incarnation; cursors of another one are not recovered."""
+        if self._epoch is None:
+            async with self._db.connection() as connection:
+                self._epoch = await conversations.read_epoch(connection)
+        return self._epoch
+
+    async def heads(self, conversation_ids: list[UUID]) -> dict[UUID, int]:
+        """The `seq` of the newest event of each conversation that exists."""
+        async with self._db.connection() as connection:
+            return await conversations.heads(connection, conversation_ids)
+
+    async def messages(
+        self,
+        membership: Membership,
+        *,
+        after_seq: int | None = None,
+        before_seq: int | None = None,
+        limit: int = 50,
+    ) -> MessagesPage:
+        """Up to `limit` messages in `seq` order: the first after `after_seq`, or the last before `before_seq`.
+
+        With both, the last ones between them; with neither, the newest.
+        """
+        async with self._db.connection() as connection:
+            head = await self._head(connection, membership)
+            after = max(membership.floor_seq, after_seq or 0)
+            if after_seq is not None and before_seq is None:
+                items = await store.messages_after(connection, membership.conversation_id, after, head, limit)
+            else:
+                before = head + 1 if before_seq is None else min(before_seq, head + 1)
+                items = await store.messages_before(
+                    connection, membership.conversation_id, after, before, limit
+                )
+        return MessagesPage(items, head)
+
+    async def events(
+        self, membership: Membership, *, after_seq: int, until_seq: int | None = None, limit: int = 50
+    ) -> EventsPage:
+        """Up to `limit` events after `after_seq`, in dense order. `more` counts up to `until_seq` or the head."""
+        epoch = await self.epoch()
+        async with self._db.connection() as connection:
+            head = await self._head(connection, membership)
+            after = max(membership.floor_seq, after_seq)
+            until = head if until_seq is None else min(until_seq, head)
+            items = await store.log(connection, membership.conversation_id, after, until, limit)
+        last = items[-1].seq if items else after
+        return EventsPage(epoch, items, head, more=last < until)
+
+    async def log(
+        self, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
+    ) -> list[CommittedEvent]:
+        """Events with `after_seq < seq <= until_seq`, for the delivery within the server: nobody's floor applies."""
+        async with self._db.connection() as connection:
+            return await store.log(connection, conversation_id, after_seq, until_seq, limit)
+
+    async def undelivered(
+        self, user_id: UUID, device_id: UUID, limit: int = 50
+    ) -> AsyncIterator[UndeliveredPage]:
+        """Everything the device has not acknowledged, page by page, conversation by conversation.
+
+        One page of up to `limit` events is in memory at a time, and no connection is held between pages. A person
+        who is removed meanwhile gets no further page of that conversation.
+        """
+        after = _FIRST
+        while True:
+            async with self._db.connection() as connection:
+                behind = await store.undelivered_heads(
+                    connection, user_id, device_id, NEW_DEVICE_WINDOW, after, limit=100
+                )
+            for conversation_id, from_seq, head_seq, truncated in behind:
+                async for page in self._undelivered_of(
+                    conversation_id, user_id, from_seq, head_seq, truncated, limit
+                ):
+                    yield page
+            if not behind:
+                return
+            after = behind[-1][0]
+
+    async def _undelivered_of(
+        self, conversation_id: UUID, user_id: UUID, from_seq: int, head_seq: int, truncated: bool, limit: int
+    ) -> AsyncIterator[UndeliveredPage]:
+        while from_seq < head_seq:
+            async with self._db.connection() as connection:
+                member = await members.find_active(connection, conversation_id, user_id)
+                if member is None:
+                    return
+                from_seq = max(from_seq, member.floor_seq)
+                items = await store.log(connection, conversation_id, from_seq, head_seq, limit)
+            if not items:
+                return
+            from_seq = items[-1].seq
+            yield UndeliveredPage(
+                conversation_id, items, head_seq, more=from_seq < head_seq, truncated=truncated
+            )
+
+    async def status(self, message_id: UUID, user_id: UUID) -> list[RecipientStatus]:
+        """When each recipient got and read a message. Raises `MessageNotFound`, also for messages one may not see."""
+        async with self._db.connection() as connection:
+            message = await store.find_message(connection, message_id)
+            if message is None:
+                raise MessageNotFound
+            head = message.head
+            member = await members.find_active(connection, head.conversation_id, user_id)
+            if member is None or head.seq <= member.floor_seq:
+                raise MessageNotFound
+            return await store.message_status(connection, head.conversation_id, head.seq, head.sender_id)
+
+    async def _head(self, connection: Connection, membership: Membership) -> int:
+        # Read before the items: everything up to it is committed, so the page has no hole that fills up later.
+        heads = await conversations.heads(connection, [membership.conversation_id])
+        return heads.get(membership.conversation_id, 0)

@@ -1,0 +1,33 @@
+"""Messaging's own options, `WHISPR_MESSAGING_…`."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
+
+from whispr.kit.settings import ServiceSettings, split_bind
+
+
+class MessagingSettings(ServiceSettings):
+    """What a messaging process reads beside the common options."""
+
+    model_config = SettingsConfigDict(env_prefix="WHISPR_MESSAGING_", extra="ignore")
+
+    socket_bind: str = "127.0.0.1:0"
+    cached_conversations: int = Field(default=20_000, ge=1)
+    cached_members: int = Field(default=500_000, ge=1, description="Over all cached conversations.")
+    receipt_detail_days: int = Field(
+        default=30, ge=1, description="Later, times of receipts are exact to the day."
+    )
+    cursor_days: int = Field(
+        default=180, ge=1, description="A device silent for longer is served like a new one."
+    )
+    outbox_hours: float = Field(
+        default=24, gt=0, description="A notification that waited longer helps nobody."
+    )
+
+    @field_validator("socket_bind")
+    @classmethod
+    def _is_host_and_port(cls, value: str) -> str:
+        split_bind(value)
+        return value

@@ -1,0 +1,1 @@
+"""Every SQL statement of messaging, one function each, by subject."""

@@ -1,0 +1,174 @@
+"""Reading the log: messages and other events, by `seq`."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from whispr.kit.db import Connection
+from whispr.services.messaging.models import (
+    CommittedEvent,
+    Message,
+    MessageHead,
+    RecipientStatus,
+    message_event,
+)
+
+MESSAGE_COLUMNS = (
+    "id, conversation_id, seq, sender_id, sender_device_id, client_id, message_type, content, content_sha256,"
+    " signature, reply_to_id, media_ids, expires_in, sent_at, edited_at, is_deleted"
+)
+
+
+def message_from(record: Any) -> Message:
+    """A message from a record that has `MESSAGE_COLUMNS`."""
+    return Message(
+        head=MessageHead(
+            id=record["id"],
+            conversation_id=record["conversation_id"],
+            seq=record["seq"],
+            sender_id=record["sender_id"],
+            sender_device_id=record["sender_device_id"],
+            client_id=record["client_id"],
+            message_type=record["message_type"],
+            signature=record["signature"],
+            content_sha256=record["content_sha256"],
+            reply_to_id=record["reply_to_id"],
+            media_ids=tuple(record["media_ids"] or ()),
+            expires_in=record["expires_in"],
+            sent_at=record["sent_at"],
+            edited_at=record["edited_at"],
+            is_deleted=record["is_deleted"],
+        ),
+        content=record["content"],
+    )
+
+
+async def messages_after(
+    connection: Connection, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
+) -> list[Message]:
+    """Messages with `after_seq < seq <= until_seq`, the first `limit` of them, oldest first."""
+    records = await connection.fetch(
+        f"""
+        SELECT {MESSAGE_COLUMNS} FROM messages
+        WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4
+        """,
+        conversation_id,
+        after_seq,
+        until_seq,
+        limit,
+    )
+    return [message_from(record) for record in records]
+
+
+async def messages_before(
+    connection: Connection, conversation_id: UUID, after_seq: int, before_seq: int, limit: int
+) -> list[Message]:
+    """Messages with `after_seq < seq < before_seq`, the last `limit` of them, oldest first."""
+    records = await connection.fetch(
+        f"""
+        SELECT {MESSAGE_COLUMNS} FROM messages
+        WHERE conversation_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq DESC LIMIT $4
+        """,
+        conversation_id,
+        after_seq,
+        before_seq,
+        limit,
+    )
+    return [message_from(record) for record in reversed(records)]
+
+
+async def log(
+    connection: Connection, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
+) -> list[CommittedEvent]:
+    """Every event with `after_seq < seq <= until_seq`, the first `limit` of them, oldest first."""
+    other = await connection.fetch(
+        """
+        SELECT seq, event, payload FROM conversation_events
+        WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4
+        """,
+        conversation_id,
+        after_seq,
+        until_seq,
+        limit,
+    )
+    events = [
+        CommittedEvent(conversation_id, record["seq"], record["event"], record["payload"]) for record in other
+    ]
+    # Numbers are dense, so no message past after_seq + limit can be among the first `limit` events.
+    until = min(until_seq, after_seq + limit)
+    messages = await messages_after(connection, conversation_id, after_seq, until, limit)
+    events.extend(message_event(message) for message in messages)
+    events.sort(key=lambda event: event.seq)
+    return events[:limit]
+
+
+async def find_message(connection: Connection, message_id: UUID) -> Message | None:
+    """One message by its id."""
+    record = await connection.fetchrow(f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE id = $1", message_id)
+    return message_from(record) if record else None
+
+
+async def undelivered_heads(
+    connection: Connection,
+    user_id: UUID,
+    device_id: UUID,
+    new_device_window: int,
+    after: UUID,
+    limit: int,
+) -> list[tuple[UUID, int, int, bool]]:
+    """Conversations with events the device has not acknowledged: id, last acknowledged `seq`, head, truncated.
+
+    In the order of their ids, from `after`. A device without a cursor starts `new_device_window` events back.
+    """
+    records = await connection.fetch(
+        """
+        SELECT * FROM (
+            SELECT c.id, c.last_seq,
+                   GREATEST(m.floor_seq, COALESCE(d.delivered_seq, c.last_seq - $3)) AS from_seq,
+                   d.delivered_seq IS NULL AND c.last_seq - $3 > m.floor_seq AS truncated
+            FROM conversation_members m
+            JOIN conversations c ON c.id = m.conversation_id
+            LEFT JOIN device_cursors d ON d.device_id = $2 AND d.conversation_id = c.id
+            WHERE m.user_id = $1 AND m.is_active
+        ) AS behind
+        WHERE last_seq > from_seq AND id > $4
+        ORDER BY id LIMIT $5
+        """,
+        user_id,
+        device_id,
+        new_device_window,
+        after,
+        limit,
+    )
+    return [(record["id"], record["from_seq"], record["last_seq"], record["truncated"]) for record in records]
+
+
+async def message_status(
+    connection: Connection, conversation_id: UUID, seq: int, sender_id: UUID
+) -> list[RecipientStatus]:
+    """When each person who could see the message got and read it; the sender is no recipient."""
+    records = await connection.fetch(
+        """
+        SELECT m.user_id, delivered.at AS delivered_at, read.at AS read_at
+        FROM conversation_members m
+        LEFT JOIN LATERAL (
+            SELECT at FROM receipt_marks r
+            WHERE r.conversation_id = m.conversation_id AND r.user_id = m.user_id AND r.kind = 1 AND r.seq >= $2
+            ORDER BY r.seq LIMIT 1
+        ) AS delivered ON true
+        LEFT JOIN LATERAL (
+            SELECT at FROM receipt_marks r
+            WHERE r.conversation_id = m.conversation_id AND r.user_id = m.user_id AND r.kind = 2 AND r.seq >= $2
+            ORDER BY r.seq LIMIT 1
+        ) AS read ON true
+        WHERE m.conversation_id = $1 AND m.user_id <> $3 AND m.floor_seq < $2 AND (m.is_active OR m.left_seq > $2)
+        ORDER BY m.joined_at, m.user_id
+        """,
+        conversation_id,
+        seq,
+        sender_id,
+    )
+    return [
+        RecipientStatus(record["user_id"], record["delivered_at"], record["read_at"]) for record in records
+    ]
