@@ -7,6 +7,7 @@ reading PostgreSQL.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -72,7 +73,7 @@ class Cache:
     async def ready(self) -> None:
         """Raise `CacheUnavailable` unless Valkey answers now."""
         try:
-            await asyncio.wait_for(self.client.execute_command("PING"), 1.0)
+            await asyncio.wait_for(self.client.execute_command("PING"), 1.0)  # type: ignore[no-untyped-call]
         except LOST_CACHE as error:
             raise CacheUnavailable from error
 
@@ -169,10 +170,8 @@ class Cache:
         if self._pubsub is None:
             return
         pubsub, self._pubsub = self._pubsub, None
-        try:
-            await asyncio.wait_for(pubsub.aclose(), 1)
-        except LOST_CACHE:
-            pass
+        with contextlib.suppress(*LOST_CACHE):
+            await asyncio.wait_for(pubsub.aclose(), 1)  # type: ignore[no-untyped-call]
 
 
 # GCRA: the key holds the theoretical arrival time in microseconds of the server's clock, so that processes with

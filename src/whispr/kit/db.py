@@ -7,6 +7,7 @@ Store functions take a `Connection` first and hold the SQL. A lost server shows 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -128,7 +129,7 @@ class Database:
         async with self.connection() as connection, connection.transaction():
             yield connection
 
-    async def _acquire(self, timeout: float) -> Connection:
+    async def _acquire(self, timeout: float) -> asyncpg.pool.PoolConnectionProxy[Any]:
         if self._pool is None:
             raise DatabaseUnavailable("The database pool is closed.")
         loop = asyncio.get_running_loop()
@@ -141,14 +142,12 @@ class Database:
                     raise DatabaseUnavailable from error
                 await asyncio.sleep(random.uniform(0.05, 0.15))
 
-    async def _release(self, connection: Connection) -> None:
+    async def _release(self, connection: asyncpg.pool.PoolConnectionProxy[Any]) -> None:
         if self._pool is None:
             return
-        try:
+        # Releasing resets the session, which fails on a dead server; the pool has dropped the connection then.
+        with contextlib.suppress(*LOST_CONNECTION):
             await self._pool.release(connection, timeout=2.0)
-        except LOST_CONNECTION:
-            # Releasing resets the session, which fails on a dead server; the pool has dropped the connection.
-            pass
 
 
 async def _prepare_connection(connection: Connection) -> None:
@@ -157,5 +156,5 @@ async def _prepare_connection(connection: Connection) -> None:
             name,
             schema="pg_catalog",
             encoder=lambda value: msgspec.json.encode(value).decode(),
-            decoder=lambda text: msgspec.json.decode(text),
+            decoder=msgspec.json.decode,
         )

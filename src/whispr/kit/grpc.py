@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import grpc
 import msgspec
@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 
 from whispr.kit import policy
 from whispr.kit.errors import Failure, Internal, Kind, Unavailable, from_wire
-from whispr.kit.mtls import WorkloadIdentity, spiffe_from_xfcc, spiffe_service
+from whispr.kit.mtls import WorkloadIdentity, peer_service, spiffe_from_xfcc, spiffe_service
 from whispr.kit.settings import CommonSettings
 from whispr.kit.telemetry import (
     bind_request,
@@ -57,8 +57,8 @@ _STATUS: dict[Kind, grpc.StatusCode] = {
 
 _caller: ContextVar[str] = ContextVar("whispr_caller_service")
 
-RequestT = TypeVar("RequestT", bound=Message, contravariant=True)
-ResponseT = TypeVar("ResponseT", bound=Message, covariant=True)
+RequestT_contra = TypeVar("RequestT_contra", bound=Message, contravariant=True)
+ResponseT_co = TypeVar("ResponseT_co", bound=Message, covariant=True)
 
 
 class NeighbourUnavailable(Unavailable):
@@ -98,7 +98,7 @@ def listen(server: grpc.aio.Server, bind: str, identity: WorkloadIdentity | None
     return server.add_secure_port(bind, identity.server_credentials())
 
 
-class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _Door(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in its stub only
     def __init__(self, settings: CommonSettings) -> None:
         self._settings = settings
 
@@ -109,7 +109,7 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         method = details.method
         known = policy.known(method)
-        handler = await continuation(details)
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(details)
         if not known or handler is None or handler.unary_unary is None:
             if known and handler is not None:
                 # grpc.health.v1 Watch streams; it carries nothing and is open to every service.
@@ -121,7 +121,9 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return await self._serve(method, inner, request, context)
 
         return grpc.unary_unary_rpc_method_handler(
-            serve, request_deserializer=handler.request_deserializer, response_serializer=handler.response_serializer
+            serve,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
         )
 
     async def _serve(
@@ -131,7 +133,7 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         request: Any,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> Any:
-        metadata = [(key, value) for key, value in context.invocation_metadata() or ()]
+        metadata = list(context.invocation_metadata() or ())
         caller = self._identify(context, metadata)
         started = asyncio.get_running_loop().time()
         status = "ok"
@@ -140,11 +142,13 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 if caller is None or not policy.allowed(method, caller):
                     status = "refused"
                     log.warning("grpc_call_refused", method=method, caller=caller or "unknown")
-                    await context.abort(grpc.StatusCode.PERMISSION_DENIED, "This service may not call this method.")
+                    await context.abort(
+                        grpc.StatusCode.PERMISSION_DENIED, "This service may not call this method."
+                    )
                 _caller.set(caller)
                 bind_request(request_id=_text(metadata, "x-request-id"), caller=caller)
-                remaining = context.time_remaining()
-                timeout = MAX_DEADLINE if remaining is None else min(remaining, MAX_DEADLINE)
+                remaining: float | None = context.time_remaining()  # None where the caller set no deadline
+                timeout = min(remaining or MAX_DEADLINE, MAX_DEADLINE)
                 return await asyncio.wait_for(inner(request, context), timeout)
         except Failure as failure:
             status = failure.kind.value
@@ -167,16 +171,12 @@ class _Door(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _identify(
         self, context: grpc.aio.ServicerContext[Any, Any], metadata: Sequence[tuple[str, str | bytes]]
     ) -> str | None:
-        if self._settings.mesh:
-            header = _text(metadata, "x-forwarded-client-cert")
-            uri = spiffe_from_xfcc(header) if header else None
-        else:
-            names = context.auth_context().get("x509_subject_alternative_name") or []
-            decoded = [name.decode() if isinstance(name, bytes) else name for name in names]
-            uri = next((name for name in decoded if name.startswith("spiffe://")), None)
-        if uri is None:
-            return None
-        return spiffe_service(uri, self._settings.trust_domain, self._settings.namespace)
+        settings = self._settings
+        if not settings.mesh:
+            return peer_service(context.auth_context(), settings.trust_domain, settings.namespace)
+        header = _text(metadata, "x-forwarded-client-cert")
+        uri = spiffe_from_xfcc(header) if header else None
+        return spiffe_service(uri, settings.trust_domain, settings.namespace) if uri else None
 
 
 async def _refuse_unknown(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
@@ -200,10 +200,12 @@ def _text(metadata: Sequence[tuple[str, str | bytes]], name: str) -> str | None:
 # --- calling ---------------------------------------------------------------------------------------------------------
 
 
-class UnaryMethod(Protocol[RequestT, ResponseT]):
+class UnaryMethod(Protocol[RequestT_contra, ResponseT_co]):
     """A stub's method."""
 
-    def __call__(self, request: RequestT, *, timeout: float | None = ..., metadata: Any = ...) -> Awaitable[ResponseT]: ...
+    def __call__(
+        self, request: RequestT_contra, *, timeout: float | None = ..., metadata: Any = ...
+    ) -> Awaitable[ResponseT_co]: ...
 
 
 class Channel:
@@ -260,7 +262,7 @@ class Channel:
         return self._channel
 
     def _connect(self) -> grpc.aio.Channel:
-        options = [
+        options: list[tuple[str, Any]] = [
             ("grpc.max_receive_message_length", MAX_MESSAGE),
             ("grpc.max_send_message_length", MAX_MESSAGE),
             # A neighbour that restarts is back within two seconds; the default backoff would look away for minutes.
@@ -278,12 +280,12 @@ class Channel:
 
     async def call(
         self,
-        method: UnaryMethod[RequestT, ResponseT],
-        request: RequestT,
+        method: UnaryMethod[RequestT_contra, ResponseT_co],
+        request: RequestT_contra,
         *,
         timeout: float = 2.0,
         idempotent: bool = False,
-    ) -> ResponseT:
+    ) -> ResponseT_co:
         """Call `method` of a stub made from `grpc`, within `timeout` seconds over all tries.
 
         Raises the `Failure` that the neighbour raised, with its kind and code, or `NeighbourUnavailable`. Only
@@ -315,7 +317,9 @@ class Channel:
                     self._failures = 0
                     metrics.grpc_client_circuit_open.labels(target=self._service).set(0)
                     metrics.grpc_client_calls.labels(method=name, status="ok").inc()
-                    metrics.grpc_client_call_seconds.labels(method=name).observe(timeout - (deadline - loop.time()))
+                    metrics.grpc_client_call_seconds.labels(method=name).observe(
+                        timeout - (deadline - loop.time())
+                    )
                     return response
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
@@ -323,7 +327,9 @@ class Channel:
         return (*grpc_metadata(), ("x-request-id", current)) if current else grpc_metadata()
 
     def _read_failure(self, error: grpc.aio.AioRpcError) -> Failure:
-        trailers = {key: value for key, value in error.trailing_metadata() or ()}
+        trailers: dict[str, str | bytes] = dict(
+            cast("Iterable[tuple[str, str | bytes]]", error.trailing_metadata() or ())
+        )
         code, kind = trailers.get(CODE), trailers.get(KIND)
         if isinstance(code, str) and isinstance(kind, str):
             self._failures = 0

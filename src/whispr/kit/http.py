@@ -26,7 +26,15 @@ from starlette.middleware.cors import CORSMiddleware
 from whispr.kit.errors import Failure, Forbidden, Internal, Invalid, Kind, NotFound, TooLarge, Unauthenticated
 from whispr.kit.identity import Caller, Identity
 from whispr.kit.ids import uuid7
-from whispr.kit.telemetry import asgi_carrier, bind_request, clear_request, get_logger, metrics, server_span, trace_id
+from whispr.kit.telemetry import (
+    asgi_carrier,
+    bind_request,
+    clear_request,
+    get_logger,
+    metrics,
+    server_span,
+    trace_id,
+)
 
 log = get_logger(__name__)
 
@@ -206,7 +214,9 @@ def create_app(
         openapi_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
-        responses={str(status): {**problem, "description": _TITLES[status]} for status in (400, 422, 429, 503)},
+        responses={
+            str(status): {**problem, "description": _TITLES[status]} for status in (400, 422, 429, 503)
+        },
     )
     app.router.route_class = CheckedRoute
     app.state.identity = identity
@@ -221,7 +231,13 @@ def create_app(
         CORSMiddleware,
         allow_origins=list(cors_origins),
         allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"],
-        allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id", "X-Phoenix-AuthToken"],
+        allow_headers=[
+            "Authorization",
+            "Content-Type",
+            "Idempotency-Key",
+            "X-Request-Id",
+            "X-Phoenix-AuthToken",
+        ],
         expose_headers=["X-Request-Id", "Retry-After"],
         max_age=7200,
     )

@@ -9,6 +9,7 @@ is given.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ CREATE TABLE outbox (
     payload jsonb NOT NULL,
     trace jsonb,
     created_at timestamptz NOT NULL DEFAULT now(),
-    due_at timestamptz NOT NULL DEFAULT now(),
+    -- Due at once by any clock: the dispatcher compares with its own, which may stand behind the server's.
+    due_at timestamptz NOT NULL DEFAULT '-infinity',
     attempts int NOT NULL DEFAULT 0,
     last_error text
 );
@@ -94,7 +96,13 @@ async def _lease(connection: Connection, topics: Sequence[str], now: datetime, l
     )
     leased = [
         OutboxRow(
-            row["id"], row["topic"], row["key"], row["payload"], row["created_at"], row["attempts"], row["trace"] or {}
+            row["id"],
+            row["topic"],
+            row["key"],
+            row["payload"],
+            row["created_at"],
+            row["attempts"],
+            row["trace"] or {},
         )
         for row in rows
     ]
@@ -126,7 +134,9 @@ async def _expire(connection: Connection, before: datetime, limit: int) -> list[
 
 async def pending(connection: Connection) -> dict[str, tuple[int, datetime]]:
     """Per topic: rows waiting, and when the oldest was written."""
-    rows = await connection.fetch("SELECT topic, count(*) AS n, min(created_at) AS oldest FROM outbox GROUP BY topic")
+    rows = await connection.fetch(
+        "SELECT topic, count(*) AS n, min(created_at) AS oldest FROM outbox GROUP BY topic"
+    )
     return {row["topic"]: (row["n"], row["oldest"]) for row in rows}
 
 
@@ -175,10 +185,8 @@ class Dispatcher:
                 log.warning("outbox_unavailable", code=error.code)
                 sent = 0
             if sent == 0:
-                try:
+                with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), self._idle)
-                except TimeoutError:
-                    pass
 
     async def drain_once(self) -> int:
         """Handle one batch of due rows; the number of rows taken, done or not."""
@@ -195,7 +203,7 @@ class Dispatcher:
         try:
             with consumer_span(f"outbox {topic}", rows[0].trace, rows=len(rows)):
                 await asyncio.wait_for(self._handlers[topic](rows), LEASE.total_seconds() - 5)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (whatever a handler raises, its rows must stay)
             await self._failed(rows, error)
             return
         await self._done(rows, "sent")
@@ -206,7 +214,9 @@ class Dispatcher:
         metrics.outbox_rows.labels(topic=rows[0].topic, outcome=outcome).inc(len(rows))
         now = self._clock.now()
         for row in rows:
-            metrics.outbox_dispatch_seconds.labels(topic=row.topic).observe((now - row.created_at).total_seconds())
+            metrics.outbox_dispatch_seconds.labels(topic=row.topic).observe(
+                (now - row.created_at).total_seconds()
+            )
 
     async def _failed(self, rows: list[OutboxRow], error: Exception) -> None:
         topic = rows[0].topic
@@ -221,7 +231,9 @@ class Dispatcher:
             await self._done(rows, "refused")
             return
         log.warning("outbox_failed", topic=topic, rows=len(rows), attempts=rows[0].attempts, code=code)
-        delay = min(LONGEST_RETRY, FIRST_RETRY * 2 ** min(rows[0].attempts - 1, 16)) * random.uniform(0.5, 1.0)
+        delay = min(LONGEST_RETRY, FIRST_RETRY * 2 ** min(rows[0].attempts - 1, 16)) * random.uniform(
+            0.5, 1.0
+        )
         async with self._db.connection() as connection:
             await _postpone(
                 connection, [row.id for row in rows], self._clock.now() + timedelta(seconds=delay), str(error)

@@ -70,7 +70,9 @@ class Context:
         self.name = name
         self.common = common
         self.clock: Clock = clock or SystemClock()
-        self.workload = None if common.mesh or common.identity_dir is None else WorkloadIdentity(common.identity_dir)
+        self.workload = (
+            None if common.mesh or common.identity_dir is None else WorkloadIdentity(common.identity_dir)
+        )
         self.cache = Cache(common.valkey_url)
         self.limiter = RateLimiter(self.cache, enabled=common.rate_limits == "on")
         self.databases: dict[str, Database] = {}
@@ -104,7 +106,11 @@ class Context:
     def identity(self, source: IdentitySource) -> Identity:
         """The verifier of people's tokens, started before the doors open."""
         identity = Identity(
-            source, self.cache, self.clock, issuer=self.common.token_issuer, audience=self.common.token_audience
+            source,
+            self.cache,
+            self.clock,
+            issuer=self.common.token_issuer,
+            audience=self.common.token_audience,
         )
         self.identities.append(identity)
         return identity
@@ -289,17 +295,17 @@ def run(name: str, build: Callable[[Context], Awaitable[Service]]) -> int:
     try:
         common = load(CommonSettings)
     except SettingsError as error:
-        print(f"whispr serve {name}: {error}", file=sys.stderr)
+        sys.stderr.write(f"whispr serve {name}: {error}\n")
         return EXIT_SETTINGS
     telemetry.configure(name, common)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(name, build, common))
     except SettingsError as error:
-        print(f"whispr serve {name}: {error}", file=sys.stderr)
+        sys.stderr.write(f"whispr serve {name}: {error}\n")
         return EXIT_SETTINGS
     except Failure as failure:
-        log.error("service_start_failed", code=failure.code)
+        sys.stderr.write(f"whispr serve {name}: {failure.detail} ({failure.code})\n")
         return EXIT_GAVE_UP
     finally:
         telemetry.shutdown()

@@ -41,8 +41,8 @@ class CommonSettings(BaseSettings):
     trust_domain: str = "cluster.local"
     namespace: str = "whispr"
 
-    token_issuer: str = "whispr"
-    token_audience: str = "whispr"
+    token_issuer: str = "whispr"  # noqa: S105
+    token_audience: str = "whispr"  # noqa: S105
 
     otlp_endpoint: str | None = None
     trace_sample_ratio: float = Field(default=0.0, ge=0, le=1)
@@ -96,7 +96,9 @@ def load(settings: type[S]) -> S:
         prefix = settings.model_config.get("env_prefix") or ""
         lines = []
         for item in error.errors():
-            name = prefix + "_".join(str(part) for part in item["loc"]).upper() if item["loc"] else "environment"
+            name = (
+                prefix + "_".join(str(part) for part in item["loc"]).upper() if item["loc"] else "environment"
+            )
             lines.append(f"{name}: {item['msg']}")
         raise SettingsError("\n".join(lines)) from None
 

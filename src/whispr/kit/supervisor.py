@@ -25,7 +25,9 @@ class GaveUp(Exception):
 class Supervisor:
     """Runs named loops. `max_restarts` within `window` seconds is one too many."""
 
-    def __init__(self, *, max_restarts: int = 20, window: float = 60.0, backoff: float = 0.05, cap: float = 5.0) -> None:
+    def __init__(
+        self, *, max_restarts: int = 20, window: float = 60.0, backoff: float = 0.05, cap: float = 5.0
+    ) -> None:
         self._max_restarts = max_restarts
         self._window = window
         self._backoff = backoff
@@ -83,7 +85,9 @@ class Supervisor:
                 if len(crashes) > self._max_restarts:
                     assert self._failed is not None
                     if not self._failed.done():
-                        self._failed.set_result(GaveUp(f"loop {name} crashed {len(crashes)} times: {error!r}"))
+                        self._failed.set_result(
+                            GaveUp(f"loop {name} crashed {len(crashes)} times: {error!r}")
+                        )
                     return
                 delay = min(self._cap, self._backoff * 2 ** min(len(crashes) - 1, 16))
                 await asyncio.sleep(random.uniform(delay / 2, delay))

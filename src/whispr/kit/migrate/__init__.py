@@ -26,7 +26,9 @@ def alembic_config(service: str, url: str) -> Config:
     config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
     # Folders are separated by line breaks: a path may hold spaces, and on no system does a folder hold a line break.
     config.set_main_option("path_separator", "newline")
-    config.set_main_option("version_locations", str(_PACKAGE / "services" / service / "migrations").replace("%", "%%"))
+    config.set_main_option(
+        "version_locations", str(_PACKAGE / "services" / service / "migrations").replace("%", "%%")
+    )
     config.set_main_option("sqlalchemy.url", driver_url(url).replace("%", "%%"))
     config.attributes["service"] = service
     return config

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from whispr.instance.valkey import EmbeddedValkey
+from whispr.kit.cache import Cache, CacheUnavailable, RateLimiter
+from whispr.kit.errors import RateLimited
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running(url: str) -> AsyncIterator[Cache]:
+    cache = Cache(url)
+    loop = asyncio.create_task(cache.run())
+    try:
+        yield cache
+    finally:
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
+        await cache.close()
+
+
+async def test_hints_arrive_in_order_and_stop_when_unsubscribed(valkey_url: str) -> None:
+    async with running(valkey_url) as cache:
+        channel, heard = f"test:{uuid4()}", list[bytes]()
+        cache.subscribe(channel, heard.append)
+        await until(lambda: channel in cache.subscribed)
+        for number in range(50):
+            await cache.publish(channel, str(number).encode())
+        await until(lambda: len(heard) == 50)
+        assert heard == [str(number).encode() for number in range(50)]
+        cache.unsubscribe(channel, heard.append)
+        await until(lambda: channel not in cache.subscribed)
+
+
+async def test_a_handler_that_fails_does_not_end_the_subscription(valkey_url: str) -> None:
+    async with running(valkey_url) as cache:
+        channel, heard = f"test:{uuid4()}", list[bytes]()
+
+        def handle(message: bytes) -> None:
+            heard.append(message)
+            raise RuntimeError("bad hint")
+
+        cache.subscribe(channel, handle)
+        await until(lambda: channel in cache.subscribed)
+        await cache.publish(channel, b"1")
+        await cache.publish(channel, b"2")
+        await until(lambda: heard == [b"1", b"2"])
+
+
+async def test_subscriptions_come_back_after_a_kill_and_the_gap_is_told(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path).start()
+    async with running(server.url) as cache:
+        heard, gaps = list[bytes](), list[None]()
+        cache.subscribe("test", heard.append)
+        cache.on_reconnect(lambda: gaps.append(None))
+        await until(lambda: "test" in cache.subscribed)
+        server.stop(grace=0)
+        with pytest.raises(CacheUnavailable):
+            await cache.publish("test", b"lost")
+        server.start()
+        await until(lambda: len(gaps) == 1 and "test" in cache.subscribed)
+        await cache.publish("test", b"heard")
+        await until(lambda: heard == [b"heard"])
+    server.stop()
+
+
+async def test_a_limit_allows_its_burst_and_then_says_how_long_to_wait(valkey_url: str) -> None:
+    cache = Cache(valkey_url)
+    limiter, other, key = RateLimiter(cache), RateLimiter(cache), uuid4().hex
+    for number in range(5):
+        await (limiter, other)[number % 2].check("try", key, limit=5, period=3600)
+    with pytest.raises(RateLimited) as refused:
+        await limiter.check("try", key, limit=5, period=3600)
+    assert refused.value.retry_after == pytest.approx(720, abs=5)
+    await limiter.check("try", uuid4().hex, limit=5, period=3600)
+    await RateLimiter(cache, enabled=False).check("try", key, limit=5, period=3600)
+    await cache.close()
+
+
+async def test_limits_hold_in_the_process_while_valkey_is_away() -> None:
+    cache = Cache("redis://127.0.0.1:1", timeout=0.2)
+    limiter = RateLimiter(cache)
+    for _ in range(3):
+        await limiter.check("try", "someone", limit=3, period=3600)
+    with pytest.raises(RateLimited):
+        await limiter.check("try", "someone", limit=3, period=3600)
+    await cache.close()
