@@ -140,6 +140,7 @@ class EmbeddedPostgres:
         self._account = unprivileged_account(self.data)
         self._binaries = _reachable_binaries(self._account)
         self._make_socket_directory()
+        self._end_leftover()
         if (self.data / "PG_VERSION").exists():
             return False
         self._initialise()

@@ -23,20 +23,21 @@ async def ended(process: Process) -> int:
     if process.poll() is None and hasattr(os, "pidfd_open"):
         loop = asyncio.get_running_loop()
         descriptor = os.pidfd_open(process.pid)
-        gone = loop.create_future()
-        loop.add_reader(descriptor, lambda: gone.done() or gone.set_result(None))
+        gone = asyncio.Event()
+        loop.add_reader(descriptor, gone.set)
         try:
-            await gone
+            await gone.wait()
         finally:
             loop.remove_reader(descriptor)
             os.close(descriptor)
-    while process.poll() is None:
+    while process.poll() is None:  # noqa: ASYNC110 (systems without pidfds have no event to wait for)
         await asyncio.sleep(POLL_SECONDS)
     return process.returncode
 
 
 class Child:
-    """One supervised process. `spawn` starts it; `changed` is called after each start and each unexpected end."""
+    """One supervised process. `spawn` starts it; `changed` is called after each restart, `trouble` is told of each end
+    that nobody asked for."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Child:
         spawn: Callable[[], Process],
         *,
         changed: Callable[[], None],
+        trouble: Callable[[str], None],
         stop_signal: int = signal.SIGTERM,
         grace: float = 15.0,
     ) -> None:
@@ -52,6 +54,7 @@ class Child:
         self.last_exit: int | None = None
         self._spawn = spawn
         self._changed = changed
+        self._trouble = trouble
         self._stop_signal = stop_signal
         self._grace = grace
         self._process: Process | None = None
@@ -61,26 +64,33 @@ class Child:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
     def start(self) -> None:
         """Starts the process and keeps it running until `stop`."""
         self._process = self._spawn()
-        self._keeper = asyncio.create_task(self._keep(), name=f"keep {self.name}")
+        self._keeper = asyncio.create_task(self._keep(self._process), name=f"keep {self.name}")
 
-    async def _keep(self) -> None:
+    async def _keep(self, process: Process) -> None:
         failures = 0
-        while self._process is not None:
+        while True:
             started = time.monotonic()
-            self.last_exit = await ended(self._process)
+            self.last_exit = await ended(process)
             failures = 1 if time.monotonic() - started > HEALTHY_SECONDS else failures + 1
+            self._trouble(f"{self.name} ended ({describe_exit(self.last_exit)}); starting it again")
+            process = await self._start_again(failures)
             self._changed()
+
+    async def _start_again(self, failures: int) -> Process:
+        while True:
             await asyncio.sleep(PAUSES[min(failures, len(PAUSES)) - 1])
             self.restarts += 1
-            self._process = self._spawn()
-            self._changed()
+            try:
+                self._process = self._spawn()
+            except OSError as error:
+                # No memory or no process numbers left for a moment: the next try may do.
+                self._trouble(f"{self.name} could not be started: {error}")
+                failures += 1
+            else:
+                return self._process
 
     async def stop(self) -> None:
         """Asks the process to end, waits, and kills it after the grace period."""
@@ -99,6 +109,16 @@ class Child:
             await ended(process)
 
 
+def describe_exit(status: int) -> str:
+    """An exit status in words: `exit status 1`, `killed by SIGKILL`."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
 async def wait_until(
     child: Child, ready: Callable[[], "asyncio.Future[bool] | object"], seconds: float, advice: str
 ) -> None:
@@ -111,7 +131,9 @@ async def wait_until(
         if answer:
             return
         if child.restarts >= len(PAUSES) - 1:
-            raise StartFailed(f"{child.name} does not stay up (exit status {child.last_exit}). {advice}")
+            raise StartFailed(
+                f"{child.name} does not stay up ({describe_exit(child.last_exit or 0)}). {advice}"
+            )
         if time.monotonic() > deadline:
             raise StartFailed(f"{child.name} was not ready after {seconds:.0f} s. {advice}")
         await asyncio.sleep(0.05)
