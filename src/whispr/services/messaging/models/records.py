@@ -1,4 +1,4 @@
-"""Records, events and failures of messaging, and the one encoder of what clients see.
+"""Records and events of messaging.
 
 Binary values are base64 in JSON, times RFC 3339 in UTC, ids UUIDs: msgspec does all three by itself.
 """
@@ -12,11 +12,9 @@ from uuid import UUID
 
 import msgspec
 
-from whispr.kit.errors import Failure, Kind
-
 MAX_MEMBERS: Final = 1_000
 MAX_CONTENT_BYTES: Final = 96 * 1024
-MAX_METADATA_BYTES: Final = 8 * 1024
+NO_ENVELOPE: Final = b'{"envelopes":{}}'
 MESSAGE_TYPES: Final = frozenset({"text", "media", "system"})
 
 MemberId = NewType("MemberId", UUID)
@@ -95,13 +93,13 @@ class ConversationRow(msgspec.Struct, frozen=True):
 
 
 class MemberView(msgspec.Struct, frozen=True):
-    """MEMBER: what members see of each other."""
+    """MEMBER: what members see of each other. `read_seq` is None for a person who keeps their reading private."""
 
     user_id: UUID
     role: Role
     joined_at: datetime
     delivered_seq: int
-    read_seq: int
+    read_seq: int | None
 
 
 class MemberRow(msgspec.Struct, frozen=True):
@@ -254,6 +252,32 @@ class RecipientStatus(msgspec.Struct, frozen=True):
     read_at: datetime | None
 
 
+class GroupNews(msgspec.Struct, frozen=True):
+    """Something of a group that people are told of outside it: `conversation_added`, `member_added`, `member_removed`.
+
+    `event_id` is the same whenever the same news is told again.
+    """
+
+    event_id: UUID
+    name: str
+    conversation_id: UUID
+    actor_id: UUID
+    recipient_ids: tuple[UUID, ...]
+
+
+class Announcement(msgspec.Struct, frozen=True):
+    """What notification is told: of a message (`message_id` is set) or of a group."""
+
+    event_id: UUID
+    name: str
+    conversation_id: UUID
+    conversation_type: ConversationType
+    message_id: UUID | None
+    sender_id: UUID
+    recipient_ids: tuple[UUID, ...]
+    occurred_at: datetime
+
+
 class ConversationView(msgspec.Struct, frozen=True):
     """CONVERSATION as one of its members sees it.
 
@@ -276,209 +300,3 @@ class ConversationView(msgspec.Struct, frozen=True):
     member_count: int
     members: list[MemberView] | None
     last_message: Message | None
-
-
-NO_ENVELOPE: Final = b'{"envelopes":{}}'
-
-_encode = msgspec.json.Encoder().encode
-
-
-class _StoredContent(msgspec.Struct):
-    envelopes: dict[str, msgspec.Raw] | None = None
-
-
-_decode_content = msgspec.json.Decoder(_StoredContent).decode
-
-
-def split_content(content: bytes) -> Content:
-    """Prepare stored content for delivery: an envelope is cut out for each device without parsing its body."""
-    envelopes = _decode_content(content).envelopes
-    if envelopes is None:
-        return Content(shared=content, envelopes=None)
-    return Content(
-        shared=None,
-        envelopes={
-            UUID(device): b'{"envelopes":{"%b":%b}}' % (device.encode(), bytes(envelope))
-            for device, envelope in envelopes.items()
-        },
-    )
-
-
-def message_event(message: Message) -> CommittedEvent:
-    """The `new_message` entry of the log for a stored message."""
-    head = message.head
-    return CommittedEvent(
-        conversation_id=head.conversation_id,
-        seq=head.seq,
-        event="new_message",
-        payload=_encode(head),
-        content=split_content(message.content),
-    )
-
-
-def render_payload(event: CommittedEvent, device_id: UUID) -> bytes:
-    """The JSON of an event's payload as one device gets it."""
-    if event.content is None:
-        return event.payload
-    return b'%b,"content":%b}' % (event.payload[:-1], event.content.for_device(device_id))
-
-
-def render_event(event: CommittedEvent, device_id: UUID) -> bytes:
-    """EVENT, `{seq, event, payload}`, as one device gets it."""
-    return b'{"seq":%d,"event":"%b","payload":%b}' % (
-        event.seq,
-        event.event.encode(),
-        render_payload(event, device_id),
-    )
-
-
-def render_message(message: Message, device_id: UUID) -> bytes:
-    """MESSAGE as one device gets it."""
-    return render_payload(message_event(message), device_id)
-
-
-class NotAMember(Failure):
-    """The conversation does not exist or you are not in it."""
-
-    kind = Kind.FORBIDDEN
-    code = "forbidden"
-
-
-class ConversationNotFound(Failure):
-    """There is no such conversation."""
-
-    kind = Kind.NOT_FOUND
-    code = "conversation_not_found"
-
-
-class MessageNotFound(Failure):
-    """There is no such message."""
-
-    kind = Kind.NOT_FOUND
-    code = "message_not_found"
-
-
-class MemberNotFound(Failure):
-    """This person is not in the conversation."""
-
-    kind = Kind.NOT_FOUND
-    code = "member_not_found"
-
-
-class UnknownUser(Failure):
-    """There is no such person. `user_ids` lists who."""
-
-    kind = Kind.NOT_FOUND
-    code = "user_not_found"
-
-
-class NotAllowed(Failure):
-    """Your role does not allow this."""
-
-    kind = Kind.FORBIDDEN
-    code = "not_allowed"
-
-
-class Blocked(Failure):
-    """One of you has blocked the other."""
-
-    kind = Kind.FORBIDDEN
-    code = "blocked"
-
-
-class ContactsOnly(Failure):
-    """This person accepts this only from contacts."""
-
-    kind = Kind.FORBIDDEN
-    code = "contacts_only"
-
-
-class ConversationClosed(Failure):
-    """The conversation is closed."""
-
-    kind = Kind.CONFLICT
-    code = "conversation_closed"
-
-
-class NotAGroup(Failure):
-    """A direct conversation has no roles and its two members do not change."""
-
-    kind = Kind.CONFLICT
-    code = "not_a_group"
-
-
-class TooManyMembers(Failure):
-    """A group has at most 1,000 members."""
-
-    kind = Kind.CONFLICT
-    code = "too_many_members"
-
-
-class IdempotencyConflict(Failure):
-    """This Idempotency-Key was used for another conversation."""
-
-    kind = Kind.CONFLICT
-    code = "idempotency_conflict"
-
-
-class ClientIdConflict(Failure):
-    """This client_id was used for another message."""
-
-    kind = Kind.CONFLICT
-    code = "client_id_conflict"
-
-
-class DevicesMismatch(Failure):
-    """The envelopes are not for exactly the members' current devices."""
-
-    kind = Kind.CONFLICT
-    code = "devices_mismatch"
-
-
-class InvalidMembers(Failure):
-    """These members do not make such a conversation."""
-
-    kind = Kind.INVALID
-    code = "invalid_members"
-
-
-class InvalidMetadata(Failure):
-    """The object cannot be stored: it is too deep, or holds a number or character JSON in a database cannot."""
-
-    kind = Kind.INVALID
-    code = "invalid_metadata"
-
-
-class InvalidMessageType(Failure):
-    """A message is `text`, `media` or `system`."""
-
-    kind = Kind.INVALID
-    code = "invalid_message_type"
-
-
-class InvalidContent(Failure):
-    """Content is either a ciphertext or envelopes, in base64."""
-
-    kind = Kind.INVALID
-    code = "invalid_content"
-
-
-class BadSignature(Failure):
-    """The signature does not match."""
-
-    kind = Kind.INVALID
-    code = "bad_signature"
-
-
-class UnknownEvent(Failure):
-    """This channel has no such event."""
-
-    kind = Kind.INVALID
-    code = "unknown_event"
-
-
-class ContentTooLarge(Failure):
-    """A message's content is at most 96 KiB."""
-
-    kind = Kind.TOO_LARGE
-    code = "too_large"

@@ -1,0 +1,70 @@
+"""The one encoder of what clients see of the log, for every door."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import msgspec
+
+from whispr.services.messaging.models.records import CommittedEvent, Content, Message, MessageHead
+
+_encode = msgspec.json.Encoder().encode
+
+
+class _StoredContent(msgspec.Struct):
+    envelopes: dict[str, msgspec.Raw] | None = None
+
+
+_decode_content = msgspec.json.Decoder(_StoredContent).decode
+
+
+def split_content(content: bytes) -> Content:
+    """Prepare stored content for delivery: an envelope is cut out for each device without parsing its body."""
+    envelopes = _decode_content(content).envelopes
+    if envelopes is None:
+        return Content(shared=content, envelopes=None)
+    return Content(
+        shared=None,
+        envelopes={
+            UUID(device): b'{"envelopes":{"%b":%b}}' % (device.encode(), bytes(envelope))
+            for device, envelope in envelopes.items()
+        },
+    )
+
+
+def encode_head(head: MessageHead) -> bytes:
+    """MESSAGE without its content, as JSON."""
+    return _encode(head)
+
+
+def message_event(message: Message) -> CommittedEvent:
+    """The `new_message` entry of the log for a stored message."""
+    head = message.head
+    return CommittedEvent(
+        conversation_id=head.conversation_id,
+        seq=head.seq,
+        event="new_message",
+        payload=encode_head(head),
+        content=split_content(message.content),
+    )
+
+
+def render_payload(event: CommittedEvent, device_id: UUID) -> bytes:
+    """The JSON of an event's payload as one device gets it."""
+    if event.content is None:
+        return event.payload
+    return b'%b,"content":%b}' % (event.payload[:-1], event.content.for_device(device_id))
+
+
+def render_event(event: CommittedEvent, device_id: UUID) -> bytes:
+    """EVENT, `{seq, event, payload}`, as one device gets it."""
+    return b'{"seq":%d,"event":"%b","payload":%b}' % (
+        event.seq,
+        event.event.encode(),
+        render_payload(event, device_id),
+    )
+
+
+def render_message(message: Message, device_id: UUID) -> bytes:
+    """MESSAGE as one device gets it."""
+    return render_payload(message_event(message), device_id)
