@@ -1,0 +1,287 @@
+"""Seals what this device sends and opens what it receives.
+
+A payload travels in one of three forms: pairwise envelopes (direct conversations), group envelopes, where devices
+that hold this device's sender key get the group ciphertext and the others the payload together with the key over
+their pairwise session, and one shared ciphertext when envelopes would be too large and every device holds the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+from uuid import UUID
+
+import msgspec
+
+from whispr.client.encoding import decode_base64, encode_base64
+from whispr.client.failures import CryptoError, TooManyDevices, Undecryptable
+from whispr.client.models import Message
+from whispr.client.store import Store
+
+from .directory import Directory, IdentityChanged, KnownDevice, PinnedKeys
+from .identity import DeviceIdentity
+from .padding import pad, unpad
+from .prekeys import PrekeyStock
+from .sender_keys import Distribution, GroupMessage, SenderKeys
+from .sessions import PairwiseMessage, Sessions
+from .signing import canonical_json, content_sha256, message_digest, verify
+
+MAX_CONTENT: Final = 96 * 1024
+
+
+class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What is inside a message. `kind` says how to read it: `text`, `sender_key` (nothing but the key), or the
+    application's own, with `data`."""
+
+    kind: str
+    text: str | None = None
+    data: dict[str, Any] = {}
+    sender_key: Distribution | None = None
+
+
+class Sealed(msgspec.Struct, frozen=True):
+    """Content ready to be sent, and which devices hold the sender key once the server has taken it."""
+
+    content: dict[str, Any]
+    signature: bytes
+    chain_id: bytes | None = None
+    given: dict[UUID, int] = {}
+
+
+class BundleNeeded(CryptoError):
+    """There is neither a session nor an unused bundle for these devices."""
+
+    def __init__(self, devices: Sequence[KnownDevice]) -> None:
+        super().__init__("prekey bundles are needed")
+        self.devices = devices
+
+
+class DistributionNeeded(CryptoError):
+    """The content is too large for envelopes; every device must hold the sender key first."""
+
+
+class UnknownSender(CryptoError):
+    """The sending device, or the keys it uses, are not known; ask the server for them.
+
+    `claimed` are the keys the message itself names, if it names any.
+    """
+
+    def __init__(self, user_id: UUID, device_id: UUID, claimed: PinnedKeys | None) -> None:
+        super().__init__("the sending device is not known")
+        self.user_id = user_id
+        self.device_id = device_id
+        self.claimed = claimed
+
+
+class Engine:
+    """One device's cryptography. Everything that changes state needs an open store transaction."""
+
+    def __init__(
+        self,
+        store: Store,
+        identity: DeviceIdentity,
+        user_id: UUID,
+        device_id: UUID,
+        now: Callable[[], float],
+    ) -> None:
+        self.identity = identity
+        self.user_id = user_id
+        self.device_id = device_id
+        self.prekeys = PrekeyStock(store, identity, now)
+        self.sessions = Sessions(store, identity, self.prekeys)
+        self.sender_keys = SenderKeys(store, now)
+        self.directory = Directory(store)
+        self._store = store
+
+    def learn(self, user_id: UUID, bundles: dict[UUID, Any]) -> list[IdentityChanged]:
+        """Take in bundles; sessions with devices whose keys changed are retired."""
+        changes = self.directory.learn(user_id, bundles)
+        for change in changes:
+            self.sessions.retire(change.device_id)
+        return changes
+
+    def seal(
+        self,
+        conversation_id: UUID,
+        client_id: UUID,
+        payload: Payload,
+        devices: Sequence[KnownDevice],
+        *,
+        group: bool,
+    ) -> Sealed:
+        """Encrypt for exactly `devices`, and sign.
+
+        Raises BundleNeeded, DistributionNeeded (send a payload of kind `sender_key` first), TooManyDevices.
+        """
+        self._check_sessions(devices, group=group, conversation_id=conversation_id)
+        if not group:
+            envelopes = {
+                str(device.device_id): self._pairwise(conversation_id, client_id, device, payload)
+                for device in devices
+            }
+            content = {"envelopes": envelopes}
+            if len(canonical_json(content)) <= MAX_CONTENT:
+                return Sealed(content, self.sign(conversation_id, client_id, content))
+        return self._seal_for_group(conversation_id, client_id, payload, devices)
+
+    def sign(self, conversation_id: UUID, client_id: UUID, content: dict[str, Any]) -> bytes:
+        return self.identity.sign(message_digest(conversation_id, client_id, content_sha256(content)))
+
+    def confirm(self, conversation_id: UUID, sealed: Sealed) -> None:
+        """The server took the message: its readers hold the sender key now."""
+        if sealed.chain_id is not None:
+            self.sender_keys.distributed(conversation_id, sealed.chain_id, sealed.given)
+
+    def open(self, message: Message) -> Payload:
+        """Verify and decrypt. Raises UnknownSender or Undecryptable; nothing has changed then."""
+        sender = self.directory.device(message.sender_device_id)
+        if sender is None or sender.user_id != message.sender_id:
+            raise UnknownSender(message.sender_id, message.sender_device_id, self._claimed(message))
+        self._verify(message, sender)
+        envelope = (message.content.envelopes or {}).get(str(self.device_id))
+        if envelope is not None and envelope.type != "sender_key":
+            plaintext = self._open_pairwise(message, sender, _body(envelope.body))
+        elif envelope is not None or message.content.ciphertext is not None:
+            body = _body(envelope.body if envelope is not None else message.content.ciphertext or "")
+            data = _group_data(message.conversation_id, message.client_id, sender.device_id)
+            plaintext = self.sender_keys.decrypt(
+                message.conversation_id, sender.device_id, GroupMessage.parse(body), data
+            )
+        else:
+            raise Undecryptable("no_envelope")
+        payload = _parse(plaintext)
+        if payload.sender_key is not None:
+            self.sender_keys.receive(message.conversation_id, sender.device_id, payload.sender_key)
+        return payload
+
+    def _seal_for_group(
+        self, conversation_id: UUID, client_id: UUID, payload: Payload, devices: Sequence[KnownDevice]
+    ) -> Sealed:
+        self._rotate_if_someone_left(conversation_id, devices)
+        holders = self.sender_keys.holders(conversation_id)
+        message, distribution = self.sender_keys.encrypt(
+            conversation_id,
+            pad(msgspec.msgpack.encode(payload)),
+            _group_data(conversation_id, client_id, self.device_id),
+        )
+        shared = encode_base64(msgspec.msgpack.encode(message))
+        with_key = msgspec.structs.replace(payload, sender_key=distribution)
+        envelopes = {}
+        newcomers = {}
+        for device in devices:
+            if device.device_id in holders:
+                registration = device.current.registration_id
+                envelope = {"type": "sender_key", "body": shared, "registration_id": registration}
+            else:
+                newcomers[device.device_id] = device.current.registration_id
+                envelope = self._pairwise(conversation_id, client_id, device, with_key)
+            envelopes[str(device.device_id)] = envelope
+        content: dict[str, Any] = {"envelopes": envelopes}
+        if len(canonical_json(content)) > MAX_CONTENT:
+            if payload.kind == "sender_key":
+                raise TooManyDevices(f"{len(devices)} devices do not fit into one message")
+            if newcomers:
+                raise DistributionNeeded("the sender key must be distributed first")
+            content = {"ciphertext": shared}
+        signature = self.sign(conversation_id, client_id, content)
+        return Sealed(content, signature, message.chain_id, newcomers)
+
+    def _rotate_if_someone_left(self, conversation_id: UUID, devices: Sequence[KnownDevice]) -> None:
+        present = {device.device_id: device.current.registration_id for device in devices}
+        for device_id, registration in self.sender_keys.holders(conversation_id).items():
+            if present.get(device_id) != registration:
+                # It is gone, or reinstalled: whoever kept its old storage could read on with the old chain.
+                self.sender_keys.rotate(conversation_id)
+                return
+
+    def _check_sessions(self, devices: Sequence[KnownDevice], *, group: bool, conversation_id: UUID) -> None:
+        needed: dict[UUID, KnownDevice] = {device.device_id: device for device in devices}
+        if group:
+            holders = self.sender_keys.holders(conversation_id)
+            if all(needed.get(d) and needed[d].current.registration_id == r for d, r in holders.items()):
+                for device_id in holders:
+                    del needed[device_id]
+        lacking = [
+            device
+            for device in needed.values()
+            if device.bundle is None and not self.sessions.ready(device.device_id)
+        ]
+        if lacking:
+            raise BundleNeeded(lacking)
+
+    def _pairwise(
+        self, conversation_id: UUID, client_id: UUID, device: KnownDevice, payload: Payload
+    ) -> dict[str, Any]:
+        plaintext = pad(msgspec.msgpack.encode(payload))
+        data = _envelope_data(conversation_id, client_id, self.device_id, device.device_id)
+        if self.sessions.ready(device.device_id):
+            sealed = self.sessions.encrypt(device.device_id, plaintext, data)
+        else:
+            bundle = self.directory.take_bundle(device.device_id)
+            if bundle is None:
+                raise BundleNeeded([device])
+            sealed = self.sessions.begin(device.device_id, bundle, plaintext, data)
+        return {
+            "type": "message" if sealed.handshake is None else "prekey",
+            "body": encode_base64(msgspec.msgpack.encode(sealed)),
+            "registration_id": device.current.registration_id,
+        }
+
+    def _open_pairwise(self, message: Message, sender: KnownDevice, body: bytes) -> bytes:
+        pairwise = PairwiseMessage.parse(body)
+        handshake = pairwise.handshake
+        if handshake is not None:
+            named = PinnedKeys(handshake.registration_id, handshake.identity_key, handshake.signing_key)
+            if named not in sender.keys:
+                raise UnknownSender(sender.user_id, sender.device_id, named)
+        data = _envelope_data(message.conversation_id, message.client_id, sender.device_id, self.device_id)
+        return self.sessions.decrypt(sender.device_id, pairwise, data)
+
+    def _verify(self, message: Message, sender: KnownDevice) -> None:
+        try:
+            digest, signature = decode_base64(message.content_sha256), decode_base64(message.signature)
+        except ValueError as error:
+            raise Undecryptable("malformed") from error
+        signed = message_digest(message.conversation_id, message.client_id, digest)
+        if not any(verify(keys.signing_key, signed, signature) for keys in sender.keys):
+            claimed = self._claimed(message)
+            if claimed is not None and claimed not in sender.keys:
+                raise UnknownSender(sender.user_id, sender.device_id, claimed)
+            raise Undecryptable("bad_signature")
+        shared = message.content.ciphertext
+        whole = shared is not None and not message.content.envelopes
+        if whole and content_sha256({"ciphertext": shared}) != digest:
+            raise Undecryptable("bad_signature")
+
+    def _claimed(self, message: Message) -> PinnedKeys | None:
+        envelope = (message.content.envelopes or {}).get(str(self.device_id))
+        if envelope is None or envelope.type != "prekey":
+            return None
+        handshake = PairwiseMessage.parse(_body(envelope.body)).handshake
+        if handshake is None:
+            return None
+        return PinnedKeys(handshake.registration_id, handshake.identity_key, handshake.signing_key)
+
+
+def _body(text: str) -> bytes:
+    try:
+        return decode_base64(text)
+    except ValueError as error:
+        raise Undecryptable("malformed") from error
+
+
+def _parse(plaintext: bytes) -> Payload:
+    try:
+        return msgspec.msgpack.decode(unpad(plaintext), type=Payload)
+    except msgspec.DecodeError as error:
+        raise Undecryptable("malformed") from error
+
+
+# The place of a message is authenticated with it: an envelope moved into another conversation, under another
+# client id, or to another device does not open.
+def _envelope_data(conversation_id: UUID, client_id: UUID, sender: UUID, recipient: UUID) -> bytes:
+    return b"whispr-envelope-v1" + conversation_id.bytes + client_id.bytes + sender.bytes + recipient.bytes
+
+
+def _group_data(conversation_id: UUID, client_id: UUID, sender: UUID) -> bytes:
+    return conversation_id.bytes + client_id.bytes + sender.bytes

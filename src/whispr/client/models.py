@@ -1,0 +1,131 @@
+"""What the server's answers look like, as contracts name them. Unknown fields are ignored."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+
+class Session(msgspec.Struct, frozen=True):
+    """A login. `expires_in` is the access token's life in seconds when it was issued."""
+
+    user_id: UUID
+    device_id: UUID
+    session_id: UUID
+    access_token: str
+    expires_in: float
+    refresh_token: str
+    token_type: str = "Bearer"  # noqa: S105 -- a scheme's name
+
+
+class Prekey(msgspec.Struct, frozen=True):
+    key_id: int
+    public_key: str
+    signature: str | None = None
+
+
+class DeviceKeys(msgspec.Struct, frozen=True):
+    device_id: UUID
+    registration_id: int
+    identity_key: str
+    signing_key: str
+    signed_prekey: Prekey
+    one_time_prekey: Prekey | None = None
+
+
+class UserKeys(msgspec.Struct, frozen=True):
+    user_id: UUID
+    devices: list[DeviceKeys]
+
+
+class Device(msgspec.Struct, frozen=True):
+    """One of one's own devices. The server names the id `device_id` or `id`."""
+
+    device_id: UUID
+    name: str = ""
+    platform: str = ""
+    registration_id: int | None = None
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    type: str
+    body: str
+    registration_id: int | None = None
+
+
+class Content(msgspec.Struct, frozen=True):
+    ciphertext: str | None = None
+    envelopes: dict[str, Envelope] | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """`content` holds this device's envelope only; `content_sha256` is what the signature covers."""
+
+    id: UUID
+    conversation_id: UUID
+    seq: int
+    sender_id: UUID
+    sender_device_id: UUID
+    client_id: UUID
+    message_type: str
+    content: Content
+    sent_at: datetime
+    signature: str = ""
+    content_sha256: str = ""
+    reply_to_id: UUID | None = None
+    media_ids: list[UUID] | None = None
+    edited_at: datetime | None = None
+    is_deleted: bool = False
+    reactions: Any = None
+
+
+class Member(msgspec.Struct, frozen=True):
+    user_id: UUID
+    role: str = "member"
+
+
+class Conversation(msgspec.Struct, frozen=True):
+    id: UUID
+    type: str
+    members: list[Member] = []
+    metadata: dict[str, Any] | None = None
+    unread_count: int = 0
+
+
+class LogEvent(msgspec.Struct, frozen=True):
+    """One entry of a conversation's dense log."""
+
+    seq: int
+    event: str
+    payload: msgspec.Raw
+
+
+class EventsPage(msgspec.Struct, frozen=True):
+    epoch: str
+    items: list[LogEvent]
+    head_seq: int
+    more: bool = False
+
+
+class MessagesPage(msgspec.Struct, frozen=True):
+    items: list[Message]
+    head_seq: int
+
+
+class Profile(msgspec.Struct, frozen=True):
+    user_id: UUID
+    username: str | None = None
+    display_name: str | None = None
+    avatar_media_id: UUID | None = None
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """The server's receipt for a message: it is committed."""
+
+    id: UUID
+    seq: int
+    sent_at: datetime
+    duplicate: bool = False
