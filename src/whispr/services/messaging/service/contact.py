@@ -1,0 +1,79 @@
+"""Who may write to whom, and who must not hear of whom, as user says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final, Protocol
+from uuid import UUID
+
+from whispr.kit.clock import Clock
+from whispr.kit.errors import Failure
+from whispr.services.messaging.models import Blocked, ContactsOnly, UnknownUser
+from whispr.services.messaging.service.readthrough import ReadThrough
+
+
+class Contactability(Protocol):
+    """May one person write to another? `reason` is ok, unknown, blocked or contacts_only."""
+
+    @property
+    def reason(self) -> str: ...
+
+
+class ContactSource(Protocol):
+    """Who knows relations: a client of user."""
+
+    async def check_contactability(
+        self, sender_id: UUID, recipient_ids: Collection[UUID], purpose: str
+    ) -> Mapping[UUID, Contactability]:
+        """By recipient; at most 1,000 at a time."""
+
+
+Pair = tuple[UUID, UUID]
+"""Who writes, and to whom."""
+
+_REFUSALS: Final[dict[str, type[Failure]]] = {
+    "blocked": Blocked,
+    "contacts_only": ContactsOnly,
+    "unknown": UnknownUser,
+}
+
+
+class Contact:
+    """Relations at hand for the hot path; see `ReadThrough` for how old they may be."""
+
+    def __init__(self, source: ContactSource, clock: Clock) -> None:
+        self._source = source
+        self._reasons: ReadThrough[Pair, str] = ReadThrough(self._fetch, clock)
+
+    def refusal(self, sender_id: UUID, recipient_id: UUID) -> type[Failure] | None:
+        """Why `sender_id` may not write to `recipient_id`. Raises KeyError if that is not at hand."""
+        reason = self._reasons.peek((sender_id, recipient_id))
+        if reason is None:
+            raise KeyError(recipient_id)
+        return _REFUSALS.get(reason)
+
+    async def load(self, sender_id: UUID, recipient_ids: Iterable[UUID], *, again: bool = False) -> None:
+        """Make what `refusal` answers present; see `ReadThrough.load`."""
+        await self._reasons.load(((sender_id, recipient_id) for recipient_id in recipient_ids), again=again)
+
+    async def blocked(self, user_id: UUID, others: Collection[UUID]) -> frozenset[UUID]:
+        """Those of `others` who are kept apart from `user_id`: neither hears of what the other does."""
+        await self.load(user_id, others)
+        return frozenset(other for other in others if self._reasons.peek((user_id, other)) == "blocked")
+
+    def changed(self, user_id: UUID) -> None:
+        """A relation of `user_id` is not what it was."""
+        self._reasons.forget(lambda pair: user_id in pair)
+
+    async def _fetch(self, pairs: list[Pair]) -> dict[Pair, str]:
+        by_sender: defaultdict[UUID, list[UUID]] = defaultdict(list)
+        for sender_id, recipient_id in pairs:
+            by_sender[sender_id].append(recipient_id)
+        reasons: dict[Pair, str] = {}
+        for sender_id, recipient_ids in by_sender.items():
+            answers = await self._source.check_contactability(sender_id, recipient_ids, "message")
+            for recipient_id in recipient_ids:
+                answer = answers.get(recipient_id)
+                reasons[sender_id, recipient_id] = "unknown" if answer is None else answer.reason
+        return reasons

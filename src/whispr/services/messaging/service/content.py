@@ -1,0 +1,103 @@
+"""What a message may hold, its canonical form, and what its signature covers. Pure: no clock, no caller, no store."""
+
+from __future__ import annotations
+
+import binascii
+from hashlib import sha256
+from typing import Annotated, Final, Literal
+
+import msgspec
+
+from whispr.services.messaging.models import (
+    MAX_CONTENT_BYTES,
+    MESSAGE_TYPES,
+    BadSignature,
+    ContentTooLarge,
+    Draft,
+    InvalidContent,
+    InvalidMessageType,
+)
+
+SIGNATURE_CONTEXT: Final = b"whispr-message-v1"
+SIGNATURE_BYTES: Final = 64
+
+# The text of an id is part of what is signed, so only the form that everybody would write is taken.
+_DeviceKey = Annotated[
+    str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
+]
+
+
+class Envelope(msgspec.Struct, forbid_unknown_fields=True):
+    """One device's ciphertext. `registration_id`: the installation it was made for, if the sender says."""
+
+    body: str
+    type: Literal["prekey", "message", "sender_key"]
+    registration_id: Annotated[int, msgspec.Meta(ge=1, le=16380)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Body(msgspec.Struct, forbid_unknown_fields=True):
+    ciphertext: str | msgspec.UnsetType = msgspec.UNSET
+    envelopes: dict[_DeviceKey, Envelope] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Parsed(msgspec.Struct, frozen=True):
+    """A draft whose content is well-formed.
+
+    `canonical` is the content as it is stored, `signed` the 32 bytes that the signature covers. `envelopes` is by the
+    text of the device's id, None for a shared ciphertext.
+    """
+
+    draft: Draft
+    canonical: bytes
+    content_sha256: bytes
+    signed: bytes
+    envelopes: dict[str, Envelope] | None
+
+
+_decode = msgspec.json.Decoder(_Body).decode
+_encode_sorted = msgspec.json.Encoder(order="sorted").encode
+
+
+def canonical_json(content: bytes) -> tuple[bytes, dict[str, Envelope] | None]:
+    """CONTENT in canonical form (keys sorted, no spaces, UTF-8), and its envelopes if it has any.
+
+    Raises `InvalidContent` unless it is exactly one of `ciphertext` and `envelopes` with strict base64 inside.
+    """
+    try:
+        body = _decode(content)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidContent(str(error) if isinstance(error, msgspec.ValidationError) else None) from None
+    if body.ciphertext is not msgspec.UNSET and body.envelopes is msgspec.UNSET:
+        _require_base64(body.ciphertext)
+        return _encode_sorted(body), None
+    if body.envelopes is not msgspec.UNSET and body.ciphertext is msgspec.UNSET:
+        for envelope in body.envelopes.values():
+            _require_base64(envelope.body)
+        return _encode_sorted(body), body.envelopes
+    raise InvalidContent
+
+
+def parse(draft: Draft) -> Parsed:
+    """Check everything about `draft` that depends on nothing else.
+
+    Raises `InvalidMessageType`, `InvalidContent`, `ContentTooLarge`, `BadSignature` (of the wrong length).
+    """
+    if draft.message_type not in MESSAGE_TYPES:
+        raise InvalidMessageType
+    if len(draft.signature) != SIGNATURE_BYTES:
+        raise BadSignature
+    canonical, envelopes = canonical_json(draft.content)
+    if len(canonical) > MAX_CONTENT_BYTES:
+        raise ContentTooLarge
+    digest = sha256(canonical).digest()
+    signed = sha256(SIGNATURE_CONTEXT + draft.conversation_id.bytes + draft.client_id.bytes + digest).digest()
+    return Parsed(draft, canonical, digest, signed, envelopes)
+
+
+def _require_base64(text: str) -> None:
+    try:
+        decoded = binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:
+        raise InvalidContent("A ciphertext or envelope body is not base64.") from None
+    if not decoded:
+        raise InvalidContent("A ciphertext or envelope body is empty.")

@@ -1,0 +1,302 @@
+"""The rules of sending, the same for sockets and REST.
+
+The fast way is synchronous: everything a draft is checked against is at hand, and it joins the flusher's next batch. What
+is not at hand is loaded while the conversation's later drafts queue behind, so that a device's messages keep their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Final
+from uuid import UUID
+
+from whispr.kit.clock import Clock
+from whispr.kit.db import Database
+from whispr.kit.errors import Failure, Internal, RateLimited, SessionRevoked, Unavailable
+from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.models import (
+    ClientIdConflict,
+    CommittedEvent,
+    Conversation,
+    ConversationClosed,
+    ConversationNotFound,
+    ConversationType,
+    DevicesMismatch,
+    Draft,
+    NotAMember,
+    SendResult,
+)
+from whispr.services.messaging.service.contact import Contact
+from whispr.services.messaging.service.content import Parsed, parse
+from whispr.services.messaging.service.devices import Devices
+from whispr.services.messaging.service.directory import Directory
+from whispr.services.messaging.service.flusher import Admitted, Flusher, OnDone
+from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.signatures import SignatureChecker
+from whispr.services.messaging.store import sending as store
+
+log = get_logger(__name__)
+
+# A draft is judged again after each load; what is still missing then was dropped meanwhile. It ends somewhere.
+_MAX_LOADS: Final = 6
+
+
+class Overloaded(Unavailable):
+    """Too many messages are waiting. Send it again with the same client_id."""
+
+    code = "overloaded"
+
+    def __init__(self) -> None:
+        super().__init__(retry_after=1)
+
+
+class _Missing(Exception):
+    """Something a draft is judged by is not at hand; `load` gets it."""
+
+    def __init__(self, load: Callable[[], Awaitable[object]], *, asks_auth: bool = False) -> None:
+        self.load = load
+        self.asks_auth = asks_auth
+
+
+class _Waiting:
+    """A draft in its conversation's queue. `asked_auth`: its envelopes were compared with a fresh device list."""
+
+    __slots__ = ("asked_auth", "on_done", "parsed")
+
+    def __init__(self, parsed: Parsed, on_done: OnDone) -> None:
+        self.parsed = parsed
+        self.on_done = on_done
+        self.asked_auth = False
+
+
+class Sending:
+    """Takes drafts, answers each exactly once, and publishes what was stored. `run()` is its supervised loop.
+
+    `db` is a pool of its own with the settings of `store.sending.PLANNER`. `max_backlog` drafts may be unanswered; more
+    are refused with `overloaded`.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        clock: Clock,
+        directory: Directory,
+        devices: Devices,
+        contact: Contact,
+        signatures: SignatureChecker,
+        publish: Callable[[list[CommittedEvent]], None],
+        on_doubt: Callable[[], None],
+        *,
+        pace: Pace | None = None,
+        max_backlog: int = 20_000,
+        patience: float = 8.0,
+    ) -> None:
+        self._db = db
+        self._directory = directory
+        self._devices = devices
+        self._contact = contact
+        self._pace = pace
+        self._max_backlog = max_backlog
+        self._flusher = Flusher(
+            db, clock, signatures, publish, on_doubt, self._answer_duplicate, patience=patience
+        )
+        self._queues: dict[UUID, deque[_Waiting]] = {}
+        self._queued = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.run = self._flusher.run
+
+    def submit(self, draft: Draft, on_done: OnDone) -> None:
+        """Send `draft`; `on_done` is called once, from the event loop, perhaps before this returns.
+
+        With a `SendResult` after the commit, or with what refused it: `InvalidMessageType`, `InvalidContent`,
+        `ContentTooLarge`, `BadSignature`, `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser`,
+        `DevicesMismatch`, `ClientIdConflict`, `SessionRevoked` (the device is none of the sender's), `RateLimited`, or
+        `Unavailable` (nothing is known; the same draft may be sent again).
+        """
+        if self._flusher.backlog + self._queued >= self._max_backlog:
+            on_done(Overloaded())
+            return
+        try:
+            if self._pace is not None:
+                self._pace.count(draft.sender_device_id)
+            parsed = parse(draft)
+        except Failure as failure:
+            on_done(failure)
+            return
+        queue = self._queues.get(draft.conversation_id)
+        if queue is not None:
+            self._enqueue(queue, _Waiting(parsed, on_done))
+            return
+        try:
+            signing_key = self._judge(parsed, asked_auth=False)
+        except _Missing:
+            queue = self._queues[draft.conversation_id] = deque()
+            self._enqueue(queue, _Waiting(parsed, on_done))
+            self._hold(self._work_off(draft.conversation_id, queue))
+        except Failure as failure:
+            self._refuse(parsed, on_done, failure)
+        else:
+            self._admit(parsed, signing_key, on_done)
+
+    async def send(self, draft: Draft) -> SendResult:
+        """`submit` and wait. Raises what `submit` answers with."""
+        answer: asyncio.Future[SendResult] = asyncio.get_running_loop().create_future()
+
+        def done(result: SendResult | Failure) -> None:
+            if answer.cancelled():
+                return
+            if isinstance(result, Failure):
+                answer.set_exception(result)
+            else:
+                answer.set_result(result)
+
+        self.submit(draft, done)
+        return await answer
+
+    async def drain(self) -> None:
+        """Wait until everything submitted is answered."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._flusher.drain()
+
+    def _judge(self, parsed: Parsed, *, asked_auth: bool) -> bytes:
+        """The key that must have signed the draft. Raises why it is refused, or `_Missing`."""
+        draft = parsed.draft
+        conversation = self._directory.peek(draft.conversation_id)
+        if conversation is None:
+            raise _Missing(lambda: self._load_conversation(draft.conversation_id))
+        if draft.sender_id not in conversation.members:
+            raise NotAMember
+        if not conversation.is_active:
+            raise ConversationClosed
+        if conversation.type is ConversationType.DIRECT:
+            self._judge_contact(conversation, draft.sender_id)
+        own = self._devices.peek(draft.sender_id)
+        if own is None:
+            raise _Missing(lambda: self._devices.load([draft.sender_id]))
+        signing_key = own.signing_keys.get(draft.sender_device_id)
+        if signing_key is None:
+            if asked_auth:
+                raise SessionRevoked
+            raise _Missing(lambda: self._devices.load([draft.sender_id], again=True), asks_auth=True)
+        if parsed.envelopes is not None:
+            self._judge_envelopes(parsed, conversation, asked_auth)
+        return signing_key
+
+    def _judge_contact(self, conversation: Conversation, sender_id: UUID) -> None:
+        others = [user_id for user_id in conversation.members if user_id != sender_id]
+        try:
+            refusals = [self._contact.refusal(sender_id, other) for other in others]
+        except KeyError:
+            raise _Missing(lambda: self._contact.load(sender_id, others)) from None
+        for refusal in refusals:
+            if refusal is not None:
+                raise refusal
+
+    def _judge_envelopes(self, parsed: Parsed, conversation: Conversation, asked_auth: bool) -> None:
+        assert parsed.envelopes is not None
+        current: dict[str, int] = {}
+        for user_id in conversation.members:
+            known = self._devices.peek(user_id)
+            if known is None:
+                raise _Missing(lambda: self._devices.load(conversation.members))
+            current.update(known.registrations)
+        current.pop(str(parsed.draft.sender_device_id), None)
+        given = parsed.envelopes
+        stale = [
+            device
+            for device, envelope in given.items()
+            if isinstance(envelope.registration_id, int)
+            and current.get(device, envelope.registration_id) != envelope.registration_id
+        ]
+        if given.keys() == current.keys() and not stale:
+            return
+        if not asked_auth:
+            # Ours may be the list that is behind. Auth is asked once before a sender is told to encrypt again.
+            raise _Missing(lambda: self._devices.load(conversation.members, again=True), asks_auth=True)
+        raise DevicesMismatch(
+            missing=sorted(current.keys() - given.keys()),
+            extra=sorted(given.keys() - current.keys()),
+            stale=sorted(stale),
+        )
+
+    async def _load_conversation(self, conversation_id: UUID) -> None:
+        try:
+            await self._directory.get(conversation_id)
+        except ConversationNotFound:
+            raise NotAMember from None
+
+    def _enqueue(self, queue: deque[_Waiting], waiting: _Waiting) -> None:
+        self._queued += 1
+        queue.append(waiting)
+
+    async def _work_off(self, conversation_id: UUID, queue: deque[_Waiting]) -> None:
+        """Judge a conversation's waiting drafts in order, loading what each one misses."""
+        try:
+            while queue:
+                waiting = queue[0]
+                try:
+                    signing_key = await self._judge_with_loads(waiting)
+                except Failure as failure:
+                    self._refuse(waiting.parsed, waiting.on_done, failure)
+                except Exception:
+                    log.exception("sending_check_failed")
+                    waiting.on_done(Internal())
+                else:
+                    self._admit(waiting.parsed, signing_key, waiting.on_done)
+                queue.popleft()
+                self._queued -= 1
+        finally:
+            # Nothing may queue behind a worker that has gone.
+            del self._queues[conversation_id]
+            self._queued -= len(queue)
+            for waiting in queue:
+                waiting.on_done(Unavailable(retry_after=1))
+
+    async def _judge_with_loads(self, waiting: _Waiting) -> bytes:
+        for _ in range(_MAX_LOADS):
+            try:
+                return self._judge(waiting.parsed, asked_auth=waiting.asked_auth)
+            except _Missing as missing:
+                await missing.load()
+                waiting.asked_auth |= missing.asks_auth
+        raise Unavailable(retry_after=1)
+
+    def _admit(self, parsed: Parsed, signing_key: bytes, on_done: OnDone) -> None:
+        self._flusher.add(Admitted(parsed, signing_key, on_done, asyncio.get_running_loop().time()))
+
+    def _refuse(self, parsed: Parsed, on_done: OnDone, failure: Failure) -> None:
+        """Refuse, unless the message was stored before the ground for it arose and only its answer was lost."""
+        if isinstance(failure, NotAMember | RateLimited | Unavailable):
+            on_done(failure)
+        else:
+            self._hold(self._answer_earlier(parsed, on_done, failure))
+
+    def _answer_duplicate(self, parsed: Parsed, on_done: OnDone) -> None:
+        self._hold(self._answer_earlier(parsed, on_done, Internal()))
+
+    async def _answer_earlier(self, parsed: Parsed, on_done: OnDone, otherwise: Failure) -> None:
+        """Answer with the message stored under the draft's client id, `otherwise` if there is none."""
+        draft = parsed.draft
+        result: SendResult | Failure = otherwise
+        try:
+            async with self._db.connection() as connection:
+                earlier = await store.find_sent(
+                    connection, draft.conversation_id, draft.sender_device_id, draft.client_id
+                )
+            if earlier is not None:
+                is_same = earlier.head.content_sha256 == parsed.content_sha256
+                result = SendResult(earlier, duplicate=True) if is_same else ClientIdConflict()
+        except Failure as failure:
+            result = failure
+        except Exception:
+            log.exception("duplicate_lookup_failed")
+            result = Internal()
+        on_done(result)
+
+    def _hold(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,203 @@
+"""Messages go in: the one statement that numbers and stores a batch, and what its retries look up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from datetime import datetime
+from enum import IntEnum
+from typing import Final
+from uuid import UUID
+
+import msgspec
+
+from whispr.kit.db import Connection
+from whispr.services.messaging.models import Message
+from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_from
+
+PLANNER: Final = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
+"""Server settings for connections that run `store_batch`.
+
+Tables grow from empty faster than autovacuum analyses them. A plan made while they were small would read them whole
+for every message until somebody noticed.
+"""
+
+
+class Outcome(IntEnum):
+    """What the database made of one message of a batch."""
+
+    STORED = 0
+    DUPLICATE = 1
+    CONFLICT = 2
+    NOT_A_MEMBER = 3
+    CLOSED = 4
+    STALE = 5
+    """Someone else wrote to the conversation while the batch waited for it; store it again, locked first."""
+
+
+class NewMessage(msgspec.Struct, frozen=True, gc=False):
+    """A checked message to be stored. `id` is ours; it tells our own earlier attempt from the client's."""
+
+    id: UUID
+    conversation_id: UUID
+    sender_id: UUID
+    sender_device_id: UUID
+    client_id: UUID
+    message_type: str
+    content: bytes
+    content_sha256: bytes
+    signature: bytes
+    reply_to_id: UUID | None
+    media_ids: tuple[UUID, ...]
+    expires_in: int | None
+
+
+class Stored(msgspec.Struct, frozen=True, gc=False):
+    """The answer for one message. `id`, `seq` and `sent_at` are those of the stored message, if there is one."""
+
+    outcome: Outcome
+    id: UUID
+    seq: int
+    sent_at: datetime
+
+
+async def lock_conversations(tx: Connection, conversation_ids: Collection[UUID], *, timeout: float) -> None:
+    """Lock the rows in id order, so that two nodes never wait for each other. `timeout` is in seconds."""
+    await tx.fetch(
+        "SELECT 1 FROM conversations WHERE id = ANY($1) ORDER BY id FOR UPDATE",
+        list(conversation_ids),
+        timeout=timeout,
+    )
+
+
+async def store_batch(
+    connection: Connection, messages: Sequence[NewMessage], sent_at: datetime, *, timeout: float
+) -> list[Stored]:
+    """Number and store a batch; one answer per message, in order. `timeout` is in seconds.
+
+    No two messages of a batch may share (conversation, device, client_id). In autocommit it is its own transaction.
+
+    Everything is judged by the statement's snapshot, taken before it waits for the row locks, so a conversation whose
+    `last_seq` moved meanwhile is answered STALE and left alone. Every change of membership moves `last_seq` too.
+    """
+    columns = tuple(
+        zip(
+            *(
+                (
+                    message.conversation_id,
+                    message.id,
+                    message.sender_id,
+                    message.sender_device_id,
+                    message.client_id,
+                    message.message_type,
+                    message.content,
+                    message.content_sha256,
+                    message.signature,
+                    message.reply_to_id,
+                    _uuid_array(message.media_ids),
+                    message.expires_in,
+                )
+                for message in messages
+            ),
+            strict=True,
+        )
+    )
+    rows = await connection.fetch(
+        _STORE_BATCH,
+        *columns,
+        sorted({message.conversation_id for message in messages}),
+        sent_at,
+        timeout=timeout,
+    )
+    return [Stored(_OUTCOMES[row[0]], row[1], row[2], row[3]) for row in rows]
+
+
+_OUTCOMES: Final = tuple(Outcome)
+
+# `earlier` is LATERAL with a LIMIT so that it can only be one index lookup per message, in one partition.
+_STORE_BATCH = """
+WITH draft AS MATERIALIZED (
+    SELECT * FROM unnest(
+        $1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::text[], $7::bytea[], $8::bytea[], $9::bytea[],
+        $10::uuid[], $11::text[], $12::int[]
+    ) WITH ORDINALITY AS d (
+        conversation_id, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256, signature,
+        reply_to_id, media_ids, expires_in, ord
+    )
+), locked AS MATERIALIZED (
+    SELECT id, last_seq, is_active FROM conversations WHERE id = ANY($13::uuid[]) ORDER BY id FOR UPDATE
+), room AS MATERIALIZED (
+    SELECT locked.id, locked.last_seq, locked.is_active, locked.last_seq = seen.last_seq AS is_current
+    FROM locked LEFT JOIN conversations seen ON seen.id = locked.id
+), judged AS MATERIALIZED (
+    SELECT d.ord, d.conversation_id, d.id, earlier.id AS earlier_id, earlier.seq AS earlier_seq,
+        earlier.sent_at AS earlier_sent_at, room.last_seq,
+        CASE
+            WHEN earlier.id IS NOT NULL THEN CASE WHEN earlier.content_sha256 = d.content_sha256 THEN 1 ELSE 2 END
+            WHEN room.id IS NULL THEN 3
+            WHEN room.is_current IS NOT TRUE THEN 5
+            WHEN m.user_id IS NULL THEN 3
+            WHEN NOT room.is_active THEN 4
+            ELSE 0
+        END AS outcome
+    FROM draft d
+    LEFT JOIN room ON room.id = d.conversation_id
+    LEFT JOIN conversation_members m
+        ON m.conversation_id = d.conversation_id AND m.user_id = d.sender_id AND m.is_active
+    LEFT JOIN LATERAL (
+        SELECT e.id, e.seq, e.sent_at, e.content_sha256 FROM messages e
+        WHERE e.conversation_id = d.conversation_id AND e.sender_device_id = d.sender_device_id
+            AND e.client_id = d.client_id
+        LIMIT 1
+    ) earlier ON true
+), numbered AS MATERIALIZED (
+    SELECT ord, conversation_id, id, outcome, earlier_id, earlier_seq, earlier_sent_at,
+        last_seq + count(*) FILTER (WHERE outcome = 0) OVER (PARTITION BY conversation_id ORDER BY ord) AS seq
+    FROM judged
+), span AS MATERIALIZED (
+    SELECT conversation_id, min(seq) AS first_seq, max(seq) AS last_seq
+    FROM numbered WHERE outcome = 0 GROUP BY conversation_id
+), stored AS (
+    INSERT INTO messages (
+        conversation_id, seq, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256,
+        signature, reply_to_id, media_ids, expires_in, sent_at
+    )
+    SELECT d.conversation_id, n.seq, d.id, d.sender_id, d.sender_device_id, d.client_id, d.message_type, d.content,
+        d.content_sha256, d.signature, d.reply_to_id, d.media_ids::uuid[], d.expires_in, $14::timestamptz
+    FROM numbered n JOIN draft d ON d.ord = n.ord WHERE n.outcome = 0
+), moved AS (
+    UPDATE conversations c SET last_seq = span.last_seq, updated_at = $14 FROM span WHERE c.id = span.conversation_id
+), announced AS (
+    -- One row for the whole batch: a row per message would cost as much as the message itself.
+    INSERT INTO outbox (topic, key, payload)
+    SELECT 'message_sent', (SELECT id::text FROM numbered WHERE outcome = 0 ORDER BY ord LIMIT 1),
+        jsonb_build_object('ranges', jsonb_agg(jsonb_build_object(
+            'conversation_id', conversation_id, 'first_seq', first_seq, 'last_seq', last_seq
+        )))
+    FROM span HAVING count(*) > 0
+)
+SELECT outcome, coalesce(earlier_id, id), coalesce(earlier_seq, seq, 0), coalesce(earlier_sent_at, $14)
+FROM numbered ORDER BY ord
+"""
+
+
+async def find_sent(
+    connection: Connection, conversation_id: UUID, sender_device_id: UUID, client_id: UUID
+) -> Message | None:
+    """The stored message with this client id, in its present state."""
+    record = await connection.fetchrow(
+        f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE conversation_id = $1 AND sender_device_id = $2 AND client_id = $3",
+        conversation_id,
+        sender_device_id,
+        client_id,
+    )
+    return None if record is None else message_from(record)
+
+
+def _uuid_array(ids: Sequence[UUID]) -> str | None:
+    # Arrays of arrays must be rectangular in PostgreSQL, so each list travels as text.
+    return "{" + ",".join(map(str, ids)) + "}" if ids else None
