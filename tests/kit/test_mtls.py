@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import stat
 import threading
 from collections.abc import AsyncIterator
@@ -110,11 +111,15 @@ def test_the_authority_survives_a_restart(tmp_path: Path) -> None:
 
 def test_issuing_again_and_again_leaves_no_litter(tmp_path: Path) -> None:
     ca = LocalCA(tmp_path / "ca")
-    for _ in range(6):
+    for _ in range(4):
         ca.issue("auth", tmp_path / "auth")
+        for version in (tmp_path / "auth").glob("..?*"):
+            if not version.is_symlink():
+                os.utime(version, (0, 0))
+    ca.issue("auth", tmp_path / "auth")
     names = sorted(entry.name for entry in (tmp_path / "auth").iterdir())
     assert [name for name in names if not name.startswith("..")] == ["ca.pem", "cert.pem", "key.pem"]
-    assert len([name for name in names if name.startswith("..") and name != "..data"]) == 2
+    assert len([name for name in names if name.startswith("..") and name != "..data"]) == 1
 
 
 @pytest.mark.parametrize("service", ["", "../auth", "Auth", "a b", "auth/x", "auth-service/ns", "é"])

@@ -31,6 +31,7 @@ _SKEW = timedelta(minutes=5)
 
 CERT, KEY, CA = "cert.pem", "key.pem", "ca.pem"
 _CURRENT = "..data"
+_GRACE_SECONDS = 60.0
 
 
 class _Root(msgspec.Struct, frozen=True):
@@ -299,13 +300,11 @@ def _publish(directory: Path, files: dict[str, bytes]) -> None:
     for name in files:
         if not (directory / name).is_symlink():
             _relink(directory / name, f"{_CURRENT}/{name}")
-    # The version before stays: a reader may have resolved the link just now.
-    versions = sorted(
-        (entry for entry in directory.glob("..?*") if entry.is_dir() and not entry.is_symlink()),
-        key=lambda entry: entry.stat().st_mtime_ns,
-    )
-    for stale in versions[:-2]:
-        shutil.rmtree(stale, ignore_errors=True)
+    # A version stays for a while: a reader may have resolved the link just before it was swapped.
+    oldest = version.stat().st_mtime - _GRACE_SECONDS
+    for entry in directory.glob("..?*"):
+        if entry.is_dir() and not entry.is_symlink() and entry.stat().st_mtime < oldest:
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 def _relink(link: Path, target: str) -> None:
