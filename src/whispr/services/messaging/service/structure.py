@@ -17,8 +17,10 @@ from whispr.services.messaging.models import (
     ContactsOnly,
     ConversationNotFound,
     ConversationRow,
+    ConversationType,
     GroupNews,
     MemberRow,
+    Role,
     UnknownUser,
 )
 from whispr.services.messaging.service.directory import Directory
@@ -114,6 +116,39 @@ class Structure:
         if row is None or member is None:
             raise ConversationNotFound
         return row, member
+
+    async def close(self, tx: Connection, row: ConversationRow, by: UUID) -> CommittedEvent:
+        """End all sending in a conversation that the transaction holds."""
+        await conversations.close(tx, row.id)
+        payload = {"is_active": False, "metadata": row.metadata, "updated_by": by}
+        return await conversations.append_event(tx, row.id, "conversation_updated", payload, self.clock.now())
+
+    async def end_membership(
+        self, tx: Connection, row: ConversationRow, member: MemberRow, by: UUID, reason: str
+    ) -> list[CommittedEvent]:
+        """Take a member out of a conversation that the transaction holds.
+
+        An owner's place goes to the admin, or else the member, who is in the group the longest; a group that nobody is
+        left in, and a direct conversation that one of the two is not in any more, is closed.
+        """
+        now = self.clock.now()
+        changes: list[tuple[str, dict[str, Any]]] = []
+        rest = [m for m in await members.list_active(tx, [row.id]) if m.user_id != member.user_id]
+        if member.role is Role.OWNER and rest:
+            heir = max(rest, key=lambda candidate: candidate.role.rank)
+            await members.set_role(tx, row.id, heir.user_id, Role.OWNER)
+            changes.append(
+                (
+                    "member_updated",
+                    {"user_id": heir.user_id, "role": Role.OWNER, "updated_by": member.user_id},
+                )
+            )
+        changes.append(("member_removed", {"user_id": member.user_id, "removed_by": by, "reason": reason}))
+        events = await conversations.append_events(tx, row.id, changes, now)
+        await members.leave(tx, row.id, member.user_id, events[-1].seq, now)
+        if row.is_active and (not rest or row.type is ConversationType.DIRECT):
+            events.append(await self.close(tx, row, by))
+        return events
 
     async def tell_people(
         self,
