@@ -1,0 +1,37 @@
+"""Background work: the outbox, receipts and housekeeping."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from whispr.kit.errors import Unavailable
+from whispr.kit.outbox import Dispatcher
+from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.service.housekeeping import Housekeeping
+from whispr.services.messaging.service.receipts import Receipts
+
+log = get_logger(__name__)
+
+HOUSEKEEPING_SECONDS = 6 * 3600.0
+
+
+def loops(
+    dispatcher: Dispatcher, receipts: Receipts, housekeeping: Housekeeping
+) -> dict[str, Callable[[], Awaitable[None]]]:
+    """The supervised loops by name."""
+    return {
+        "outbox": dispatcher.run,
+        "receipts": receipts.run,
+        "housekeeping": lambda: _every(HOUSEKEEPING_SECONDS, housekeeping.run_once),
+    }
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[int]]) -> None:
+    while True:
+        try:
+            await work()
+        except Unavailable as failure:
+            # A restarting database is no crash: counting it as one would make the supervisor give up on the process.
+            log.warning("job_postponed", code=failure.code)
+        await asyncio.sleep(seconds)
