@@ -97,3 +97,13 @@ async def test_limits_hold_in_the_process_while_valkey_is_away() -> None:
     with pytest.raises(RateLimited):
         await limiter.check("try", "someone", limit=3, period=3600)
     await cache.close()
+
+
+async def test_a_burst_larger_than_the_pool_still_meets_the_shared_limit(valkey_url: str) -> None:
+    async with running(valkey_url) as cache:
+        limiter, key = RateLimiter(cache), str(uuid4())
+        answers = await asyncio.gather(
+            *(limiter.check("test", key, 60, 3600) for _ in range(150)), return_exceptions=True
+        )
+        assert sum(answer is None for answer in answers) == 60
+        assert sum(isinstance(answer, RateLimited) for answer in answers) == 90

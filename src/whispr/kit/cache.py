@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -46,13 +46,18 @@ class Cache:
     """
 
     def __init__(self, url: str, *, timeout: float = 2.0) -> None:
-        self.client: Redis = Redis.from_url(
-            url,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            health_check_interval=15,
-            max_connections=50,
-            retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+        # Waits for a free connection: a pool that refuses instead would send a burst past the shared rate limits, which
+        # take any error for a lost Valkey and fall back to counting by themselves.
+        self.client: Redis = Redis.from_pool(
+            BlockingConnectionPool.from_url(
+                url,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+                health_check_interval=15,
+                max_connections=50,
+                timeout=timeout,
+                retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
+            )
         )
         # Reading a subscription waits for hints for as long as there are none, so it must not share the deadline.
         self._subscriber: Redis = Redis.from_url(
