@@ -20,13 +20,13 @@ Schema = set[tuple[str, ...]]
 def schema(url: str) -> Schema:
     """Columns, indices, constraints, triggers and functions of the database, as the server describes them."""
     statements = (
-        "SELECT 'column', table_name, column_name, data_type, is_nullable, coalesce(column_default, '')"
-        " FROM information_schema.columns WHERE table_schema = 'public'",
+        """SELECT 'column', table_name, column_name, data_type, is_nullable, coalesce(column_default, '')
+        FROM information_schema.columns WHERE table_schema = 'public'""",
         "SELECT 'index', tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'",
-        "SELECT 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid)"
-        " FROM pg_constraint WHERE connamespace = 'public'::regnamespace",
-        "SELECT 'trigger', tgrelid::regclass::text, tgname, pg_get_triggerdef(oid)"
-        " FROM pg_trigger WHERE NOT tgisinternal",
+        """SELECT 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+        FROM pg_constraint WHERE connamespace = 'public'::regnamespace""",
+        """SELECT 'trigger', tgrelid::regclass::text, tgname, pg_get_triggerdef(oid)
+        FROM pg_trigger WHERE NOT tgisinternal""",
         "SELECT 'function', proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace",
     )
     with psycopg.connect(url) as connection:
@@ -46,7 +46,9 @@ def test_up_down_and_up_again(service: str, new_database: Callable[[str], str]) 
         assert migrate.current(service, url) == revision
     for index in range(len(revisions), 0, -1):
         migrate.downgrade(service, url, revisions[index - 2] if index > 1 else "base")
-        assert schema(url) == schemas[index - 1], f"downgrade of {revisions[index - 1]} leaves something behind"
+        assert schema(url) == schemas[index - 1], (
+            f"downgrade of {revisions[index - 1]} leaves something behind"
+        )
     migrate.upgrade(service, url)
     assert schema(url) == schemas[-1]
     migrate.upgrade(service, url)
@@ -55,7 +57,11 @@ def test_up_down_and_up_again(service: str, new_database: Callable[[str], str]) 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_times_have_a_zone(service: str, database: Callable[[str], str]) -> None:
-    assert not [row for row in schema(database(service)) if row[0] == "column" and row[3].startswith("timestamp without")]
+    assert not [
+        row
+        for row in schema(database(service))
+        if row[0] == "column" and row[3].startswith("timestamp without")
+    ]
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -84,7 +84,9 @@ def problem(answer: httpx.Response, status: int, code: str) -> dict[str, Any]:
 
 
 async def test_what_is_asked_for_is_given(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/notes", json={"text": "é", "newer": "member"}, headers={"X-Request-Id": "abc"})
+    answer = await client.post(
+        "/notes", json={"text": "é", "newer": "member"}, headers={"X-Request-Id": "abc"}
+    )
     assert answer.status_code == 201
     assert answer.json() == {"text": "é", "extra": {}}
     assert answer.headers["x-request-id"] == "abc"
@@ -159,7 +161,9 @@ async def test_another_content_type_is_refused(client: httpx.AsyncClient) -> Non
         ("GET", "/notes/01a1fb8e-963b-71f9-ae9b-c029c90a02cf", 404, "not_found"),
     ],
 )
-async def test_bad_addresses(client: httpx.AsyncClient, method: str, path: str, status: int, code: str) -> None:
+async def test_bad_addresses(
+    client: httpx.AsyncClient, method: str, path: str, status: int, code: str
+) -> None:
     problem(await client.request(method, path), status, code)
 
 

@@ -142,6 +142,7 @@ class _HttpDoor:
         self._server = _Uvicorn(
             uvicorn.Config(
                 app,
+                interface="asgi3",
                 lifespan="off",
                 http="httptools",
                 ws="none",
