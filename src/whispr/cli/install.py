@@ -149,7 +149,8 @@ def install_with_pip(root: Path, groups: list[str], python: Path) -> None:
     ]
     command += ["--require-hashes", "--only-binary", ":all:", *requirement_files(root, groups)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    seen, told, last = 0, 0.0, []
+    seen, told = 0, 0.0
+    last: list[str] = []
     for line in process.stdout or ():
         last = [*last[-30:], line]
         seen += line.startswith(("Collecting ", "Requirement already satisfied"))

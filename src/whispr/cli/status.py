@@ -1,0 +1,98 @@
+"""`whispr status`."""
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from whispr.cli.places import running
+from whispr.instance.errors import InstanceError
+
+NOT_READY, NOT_RUNNING = 1, 3
+ASK_SECONDS = 3.0
+
+
+def report(data: Path | None, *, as_json: bool) -> int:
+    """Prints the state of the instance over `data`; returns the exit status."""
+    console = Console()
+    try:
+        record = running(data)
+    except InstanceError as error:
+        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        return NOT_RUNNING
+    parts = examine(record)
+    if as_json:
+        document = {
+            "public": record["public"],
+            "ready": all(p["state"] == "ready" for p in parts),
+            "parts": parts,
+        }
+        console.print_json(json.dumps(document))
+    else:
+        console.print(_table(record["public"], parts))
+    if not _alive(record.get("pid")):
+        return NOT_RUNNING
+    return 0 if all(part["state"] == "ready" for part in parts) else NOT_READY
+
+
+def examine(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each part of the instance with its address, pid, memory in MiB and state: ready, not ready, stopped, external."""
+    parts = []
+    for name in ("postgres", "valkey"):
+        pid = record[name]["pid"]
+        state = "external" if pid is None else "ready" if _alive(pid) else "stopped"
+        parts.append(
+            _part(
+                name, record[name]["url"].rpartition("@")[2], pid, "ready" if state == "external" else state
+            )
+        )
+    for name, service in record["services"].items():
+        state = _readiness(f"{service['internal']}/readyz") if _alive(service["pid"]) else "stopped"
+        parts.append(_part(name, service["http"], service["pid"], state))
+    gateway = record["gateway"]
+    state = _readiness(f"{record['public']}/readyz") if _alive(gateway["pid"]) else "stopped"
+    parts.append(_part(f"gateway ({gateway['kind']})", record["public"], gateway["pid"], state))
+    return parts
+
+
+def _part(name: str, address: str, pid: int | None, state: str) -> dict[str, Any]:
+    return {"name": name, "address": address, "pid": pid, "memory_mib": _memory(pid), "state": state}
+
+
+def _table(public: str, parts: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"whispr on {public}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("part", "state", "address", "pid", "MiB"):
+        table.add_column(heading, justify="right" if heading in {"pid", "MiB"} else "left")
+    for part in parts:
+        colour = "green" if part["state"] == "ready" else "red"
+        memory = "" if part["memory_mib"] is None else str(part["memory_mib"])
+        state = f"[{colour}]{part['state']}[/{colour}]"
+        table.add_row(part["name"], state, part["address"], str(part["pid"] or "external"), memory)
+    return table
+
+
+def _alive(pid: int | None) -> bool:
+    try:
+        return pid is not None and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _memory(pid: int | None) -> int | None:
+    try:
+        return None if pid is None else round(psutil.Process(pid).memory_info().rss / 2**20)
+    except psutil.Error:
+        return None
+
+
+def _readiness(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=ASK_SECONDS) as answer:  # noqa: S310 (an address of run.json)
+            return "ready" if answer.status == 200 else "not ready"
+    except (urllib.error.URLError, OSError):
+        return "not ready"
