@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -47,7 +47,8 @@ class Database:
     """A pool of connections to one service's database.
 
     `acquire_timeout` (seconds) is how long a caller waits for a connection, a restarting server included: a crash of
-    PostgreSQL that its supervisor mends in time is a delay and no error.
+    PostgreSQL that its supervisor mends in time is a delay and no error. `settings` are server settings of every
+    connection.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class Database:
         acquire_timeout: float = 5.0,
         command_timeout: float = 30.0,
         application_name: str = "whispr",
+        settings: Mapping[str, str] | None = None,
     ) -> None:
         self._url = url
         self._pool_size = pool_size
         self._acquire_timeout = acquire_timeout
         self._command_timeout = command_timeout
         self._application_name = application_name
+        self._settings = dict(settings or {})
         self._pool: asyncpg.Pool[Any] | None = None
 
     async def open(self, timeout: float = 30.0) -> None:
@@ -79,7 +82,11 @@ class Database:
                     timeout=5.0,
                     max_inactive_connection_lifetime=300.0,
                     init=_prepare_connection,
-                    server_settings={"application_name": self._application_name, "timezone": "UTC"},
+                    server_settings={
+                        "application_name": self._application_name,
+                        "timezone": "UTC",
+                        **self._settings,
+                    },
                 )
                 return
             except LOST_CONNECTION as error:
