@@ -135,6 +135,7 @@ class Stack:
     async def start(self) -> None:
         os.environ.setdefault("WHISPR_AUTH_ARGON2_MEMORY_KIB", "64")
         os.environ.setdefault("WHISPR_AUTH_ARGON2_TIME_COST", "1")
+        os.environ.setdefault("WHISPR_AUTH_KEYRING_FILE", str(self._directory / "auth-keyring.json"))
         for name in self.SERVICES:
             self.nodes[name] = await self._start_node(name, f"127.0.0.1:{self._grpc_ports[name]}")
 

@@ -1,0 +1,108 @@
+"""The rules of auth. `Auth` holds the parts; each rule lives in the part it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from whispr.kit.clock import Clock
+from whispr.kit.db import Database
+from whispr.kit.identity import Revocation
+from whispr.services.auth import store
+from whispr.services.auth.models import RootKeys
+from whispr.services.auth.service.accounts import Accounts
+from whispr.services.auth.service.announcements import Announcer, Publisher
+from whispr.services.auth.service.audit import AuditTrail
+from whispr.services.auth.service.credentials import Credentials
+from whispr.services.auth.service.devices import Devices
+from whispr.services.auth.service.entry import Entry
+from whispr.services.auth.service.housekeeping import Housekeeping
+from whispr.services.auth.service.limits import Limiter, Limits
+from whispr.services.auth.service.passwords import Passwords
+from whispr.services.auth.service.prekeys import Prekeys
+from whispr.services.auth.service.push_tokens import PushTokens
+from whispr.services.auth.service.roles import Roles
+from whispr.services.auth.service.sessions import Sessions
+from whispr.services.auth.service.signing import SigningKeys
+from whispr.services.auth.service.vault import Vault
+from whispr.services.auth.settings import AuthSettings
+
+__all__ = ["Auth", "Roles", "build_auth"]
+
+
+class Source:
+    """Keys and revocations from the source: auth is its own `IdentitySource`."""
+
+    def __init__(self, db: Database, signing: SigningKeys) -> None:
+        self._db = db
+        self._signing = signing
+
+    async def jwks(self) -> dict[str, Any]:
+        """The key set as at `/.well-known/jwks.json`."""
+        return await self._signing.jwks()
+
+    async def revocations(self, since: datetime) -> list[Revocation]:
+        """Everything revoked at or after `since`, oldest first."""
+        async with self._db.connection() as connection:
+            return await store.sessions.revocations(connection, since)
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """Everything auth can do."""
+
+    entry: Entry
+    accounts: Accounts
+    sessions: Sessions
+    devices: Devices
+    prekeys: Prekeys
+    push_tokens: PushTokens
+    signing: SigningKeys
+    source: Source
+    housekeeping: Housekeeping
+    limits: Limits
+    announcer: Announcer
+    audit: AuditTrail
+    passwords: Passwords
+
+    def close(self) -> None:
+        """End the hashing threads."""
+        self.passwords.close()
+
+
+def build_auth(
+    *,
+    db: Database,
+    clock: Clock,
+    publisher: Publisher,
+    limiter: Limiter,
+    root: RootKeys,
+    settings: AuthSettings,
+    issuer: str,
+    audience: str,
+    wake_outbox: Callable[[], None],
+) -> Auth:
+    """Put the parts together."""
+    vault, audit = Vault(root), AuditTrail(clock)
+    announcer, limits, passwords = Announcer(publisher), Limits(limiter, settings), Passwords(settings)
+    signing = SigningKeys(db, clock, vault, audit, settings, issuer, audience)
+    sessions = Sessions(db, clock, signing, announcer, audit, limits, settings)
+    credentials = Credentials(db, passwords, audit, limits)
+    push_tokens = PushTokens(db, clock, vault, announcer, audit, settings)
+    return Auth(
+        entry=Entry(db, clock, credentials, sessions, announcer, audit, limits, settings),
+        accounts=Accounts(db, clock, credentials, sessions, announcer, audit, wake_outbox),
+        sessions=sessions,
+        devices=Devices(db, clock, announcer, audit),
+        prekeys=Prekeys(db, clock, announcer, limits, settings),
+        push_tokens=push_tokens,
+        signing=signing,
+        source=Source(db, signing),
+        housekeeping=Housekeeping(db, clock, vault, push_tokens, signing, settings),
+        limits=limits,
+        announcer=announcer,
+        audit=audit,
+        passwords=passwords,
+    )

@@ -1,0 +1,18 @@
+"""Every SQL statement of auth, by subject, one function each.
+
+Functions take a connection first. Those that lock say so; the order of locks is account, session, device, refresh
+token, keys, audit, so that no two transactions wait for each other.
+"""
+
+from whispr.services.auth.store import (
+    accounts,
+    audit,
+    devices,
+    housekeeping,
+    keys,
+    prekeys,
+    push_tokens,
+    sessions,
+)
+
+__all__ = ["accounts", "audit", "devices", "housekeeping", "keys", "prekeys", "push_tokens", "sessions"]
