@@ -157,3 +157,10 @@ class ContentTooLarge(Failure):
 
     kind = Kind.TOO_LARGE
     code = "too_large"
+
+
+class SchedulingUnavailable(Failure):
+    """Messages cannot be scheduled here: no scheduling service runs."""
+
+    kind = Kind.UNAVAILABLE
+    code = "scheduling_unavailable"

@@ -160,7 +160,7 @@ class Conversations:
             view = await views.view(connection, conversation_id, user_id)
         if view is None:
             raise ConversationNotFound
-        return (await self._without_private_reading([view], user_id))[0]
+        return (await self._mask([view], user_id))[0]
 
     async def list_page(
         self, user_id: UUID, before: tuple[datetime, UUID] | None, limit: int
@@ -168,28 +168,17 @@ class Conversations:
         """A person's conversations, latest activity first, and where the next page begins (None at the end)."""
         async with self._db.connection() as connection:
             found = await views.list_views(connection, user_id, before, limit + 1)
-        page = await self._without_private_reading(found[:limit], user_id)
+        page = await self._mask(found[:limit], user_id)
         following = (page[-1].updated_at, page[-1].id) if len(found) > limit else None
         return page, following
 
-    async def _without_private_reading(
-        self, shown: Sequence[ConversationView], user_id: UUID
-    ) -> list[ConversationView]:
-        people = {
-            member.user_id for view in shown for member in view.members or () if member.user_id != user_id
-        }
-        hidden = await self._read_receipts.hidden(people) if people else frozenset()
-        if not hidden:
-            return list(shown)
+    async def _mask(self, shown: Sequence[ConversationView], user_id: UUID) -> list[ConversationView]:
+        # One question about everybody on the page; the answers below come from memory.
+        await self._read_receipts.hidden({member.user_id for view in shown for member in view.members or ()})
         return [
-            msgspec.structs.replace(
-                view,
-                members=view.members
-                and [
-                    msgspec.structs.replace(member, read_seq=None) if member.user_id in hidden else member
-                    for member in view.members
-                ],
-            )
+            view
+            if view.members is None
+            else msgspec.structs.replace(view, members=await self._read_receipts.mask(view.members, user_id))
             for view in shown
         ]
 

@@ -10,9 +10,7 @@ from whispr.services.messaging.models import (
     CommittedEvent,
     EventsPage,
     Membership,
-    MessageNotFound,
     MessagesPage,
-    RecipientStatus,
     UndeliveredPage,
 )
 from whispr.services.messaging.service.directory import Directory
@@ -128,18 +126,6 @@ class History:
             yield UndeliveredPage(
                 conversation_id, items, head_seq, more=from_seq < head_seq, truncated=truncated
             )
-
-    async def status(self, message_id: UUID, user_id: UUID) -> list[RecipientStatus]:
-        """When each recipient got and read a message. Raises `MessageNotFound`, also for messages one may not see."""
-        async with self._db.connection() as connection:
-            message = await store.find_message(connection, message_id)
-            if message is None:
-                raise MessageNotFound
-            head = message.head
-            member = await members.find_active(connection, head.conversation_id, user_id)
-            if member is None or head.seq <= member.floor_seq:
-                raise MessageNotFound
-            return await store.message_status(connection, head.conversation_id, head.seq, head.sender_id)
 
     async def _head(self, connection: Connection, membership: Membership) -> int:
         # Read before the items: everything up to it is committed, so the page has no hole that fills up later.

@@ -20,6 +20,7 @@ from whispr.services.messaging.models import (
     Role,
     TooManyMembers,
 )
+from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.store import conversations
 from whispr.services.messaging.store import members as store
@@ -32,8 +33,9 @@ class Members:
     admins or hands the group over. Every rule is checked under the conversation's lock.
     """
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, read_receipts: ReadReceipts) -> None:
         self._structure = structure
+        self._read_receipts = read_receipts
         self._db = structure.db
 
     async def add(
@@ -87,7 +89,8 @@ class Members:
             self._structure.announce(row, rows, newcomers)
             await self._structure.committed(conversation_id, events)
         asked = set(wanted)
-        return [member.view() for member in rows if member.user_id in asked], bool(events)
+        views = [member.view() for member in rows if member.user_id in asked]
+        return await self._read_receipts.mask(views, actor_id), bool(events)
 
     async def change_role(
         self, conversation_id: UUID, actor_id: UUID, user_id: UUID, role: Role
@@ -117,7 +120,7 @@ class Members:
         assert after is not None
         if events:
             await self._structure.committed(conversation_id, events)
-        return after.view()
+        return (await self._read_receipts.mask([after.view()], actor_id))[0]
 
     async def remove(self, conversation_id: UUID, actor_id: UUID, user_id: UUID) -> None:
         """Take a member out, or leave oneself; a closed group can still be left.

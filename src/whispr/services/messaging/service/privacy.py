@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -13,6 +13,7 @@ from whispr.kit.cache import Cache
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure
 from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.models import MemberView
 from whispr.services.messaging.service.directory import HINTS
 
 log = get_logger(__name__)
@@ -70,6 +71,15 @@ class ReadReceipts:
                 log.warning("read_receipts_unknown", code=failure.code, people=len(missing))
         shown = {user_id for user_id in user_ids if self._is_shown(user_id, now)}
         return frozenset(user_ids) - shown
+
+    async def mask(self, members: Iterable[MemberView], viewer_id: UUID) -> list[MemberView]:
+        """The members as `viewer_id` may see them: `read_seq` is None for those who hide it."""
+        listed = list(members)
+        hidden = await self.hidden({member.user_id for member in listed} - {viewer_id})
+        return [
+            msgspec.structs.replace(member, read_seq=None) if member.user_id in hidden else member
+            for member in listed
+        ]
 
     def _is_shown(self, user_id: UUID, now: float) -> bool:
         shown, until = self._shown.get(user_id, (False, 0.0))

@@ -1,0 +1,36 @@
+"""The REST door: conversations, members, messages and receipts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from whispr.kit.http import Problem, new_router
+from whispr.services.messaging.api import conversations as conversation_routes
+from whispr.services.messaging.api import messages as message_routes
+from whispr.services.messaging.service.conversations import Conversations
+from whispr.services.messaging.service.directory import Directory
+from whispr.services.messaging.service.history import History
+from whispr.services.messaging.service.members import Members
+from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.sending import Sending
+from whispr.services.messaging.service.status import Status
+
+
+def build_router(
+    *,
+    conversations: Conversations,
+    members: Members,
+    directory: Directory,
+    history: History,
+    receipts: Receipts,
+    status: Status,
+    sending: Sending,
+) -> APIRouter:
+    """`/api/v1/conversations` and `/api/v1/messages`."""
+    unauthenticated: dict[int | str, dict[str, Any]] = {401: {"model": Problem}}
+    router = new_router(prefix="/api/v1", responses=unauthenticated)
+    conversation_routes.add_routes(router, conversations, members)
+    message_routes.add_routes(router, directory, history, receipts, status, sending)
+    return router

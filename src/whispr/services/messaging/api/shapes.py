@@ -1,0 +1,235 @@
+"""The shapes of the REST door, as its OpenAPI document shows them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from whispr.kit.http import Body
+from whispr.services.messaging.models import MAX_MEMBERS
+
+MAX_SEQ = 2**53 - 1
+"""JSON readers lose integers above it."""
+
+Seq = Annotated[int, Field(ge=0, le=MAX_SEQ)]
+MemberIds = Annotated[
+    list[UUID],
+    Field(max_length=10 * MAX_MEMBERS, description="User ids. Repeated ones and one's own count once."),
+]
+Document = dict[str, Any]
+ConversationTypeName = Literal["direct", "group"]
+RoleName = Literal["owner", "admin", "member"]
+
+_BASE64 = {"type": "string", "contentEncoding": "base64"}
+_ENVELOPES = {
+    "type": "object",
+    "propertyNames": {"format": "uuid"},
+    "additionalProperties": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["prekey", "message", "sender_key"]},
+            "body": _BASE64,
+            "registration_id": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": 16380,
+                "description": "The installation it was encrypted for; another one is reported as stale.",
+            },
+        },
+        "required": ["type", "body"],
+        "additionalProperties": False,
+    },
+}
+# Checked by the rules of sending, not here: sockets and REST refuse the same things with the same codes.
+SentContent = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "description": "CONTENT: one ciphertext for everybody or an envelope for each device; at most 96 KiB.",
+            "oneOf": [
+                {
+                    "type": "object",
+                    "properties": {"ciphertext": _BASE64},
+                    "required": ["ciphertext"],
+                    "additionalProperties": False,
+                },
+                {
+                    "type": "object",
+                    "properties": {"envelopes": _ENVELOPES},
+                    "required": ["envelopes"],
+                    "additionalProperties": False,
+                },
+            ],
+        }
+    ),
+]
+MessageType = Annotated[str, Field(max_length=64, json_schema_extra={"enum": ["text", "media", "system"]})]
+
+
+class ConversationCreation(Body):
+    """What a conversation is made of."""
+
+    type: ConversationTypeName
+    member_ids: MemberIds
+    metadata: Document = Field(
+        default_factory=dict, description="Any object of the clients' own, at most 8 KiB."
+    )
+
+
+class ConversationChange(Body):
+    """What to change; what is left out or null stays."""
+
+    metadata: Document | None = Field(None, description="Replaces the whole object, for everybody.")
+    settings: Document | None = Field(
+        None, description="Replaces the caller's own settings, seen by nobody else."
+    )
+
+
+class MemberAddition(Body):
+    """Who joins, and as what."""
+
+    member_ids: Annotated[MemberIds, Field(min_length=1)]
+    role: RoleName = Field("member", description="Below the caller's own.")
+
+
+class RoleChange(Body):
+    """`owner` hands the group over; its owner so far becomes an admin."""
+
+    role: RoleName
+
+
+class MessageCreation(Body):
+    """A message, signed by the calling device."""
+
+    conversation_id: UUID
+    client_id: UUID = Field(
+        description="Made by the client. Sending it again answers the first result again."
+    )
+    message_type: MessageType
+    content: SentContent
+    signature: str = Field(
+        max_length=128,
+        description="Base64 of the Ed25519 signature by the calling device over"
+        ' SHA-256("whispr-message-v1" ‖ conversation_id ‖ client_id ‖ SHA-256(canonical JSON of content)).',
+    )
+    reply_to_id: UUID | None = None
+    media_ids: list[UUID] | None = Field(None, max_length=100)
+    expires_in: int | None = Field(None, ge=1, le=2**31 - 1, description="Seconds.")
+    send_at: datetime | None = Field(None, description="Send it then. Needs the scheduling service.")
+
+
+class Mark(Body):
+    """Everything up to `seq`. A watermark only grows; past the head it stops at the head."""
+
+    seq: Seq
+
+
+class _View(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class MemberView(_View):
+    """MEMBER."""
+
+    user_id: UUID
+    role: RoleName
+    joined_at: datetime
+    delivered_seq: int
+    read_seq: int | None = Field(description="Null for a person who keeps their reading private.")
+
+
+class ContentView(_View):
+    """CONTENT as the calling device gets it: the shared ciphertext, or its own envelope if there is one for it."""
+
+    ciphertext: str | None = None
+    envelopes: dict[UUID, dict[str, Any]] | None = None
+
+
+class MessageView(_View):
+    """MESSAGE."""
+
+    id: UUID
+    conversation_id: UUID
+    seq: int
+    sender_id: UUID
+    sender_device_id: UUID
+    client_id: UUID
+    message_type: Literal["text", "media", "system"]
+    content: ContentView
+    content_sha256: str = Field(description="Base64 of SHA-256 of the canonical content that was signed.")
+    signature: str
+    reply_to_id: UUID | None
+    media_ids: list[UUID]
+    expires_in: int | None
+    sent_at: datetime
+    edited_at: datetime | None
+    is_deleted: bool
+    reactions: list[dict[str, Any]]
+
+
+class ConversationView(_View):
+    """CONVERSATION as the caller sees it."""
+
+    id: UUID
+    type: ConversationTypeName
+    metadata: Document
+    is_active: bool = Field(description="False once it is closed: history stays, nobody sends.")
+    created_by: UUID
+    created_at: datetime
+    updated_at: datetime
+    head_seq: int = Field(description="`seq` of the newest event, 0 before the first.")
+    role: RoleName = Field(description="The caller's own.")
+    settings: Document = Field(description="The caller's own.")
+    delivered_seq: int = Field(description="The caller's own, over all devices.")
+    read_seq: int = Field(description="The caller's own, over all devices.")
+    unread_count: int = Field(description="Messages of others that are not read; 1,000 means 1,000 or more.")
+    member_count: int
+    members: list[MemberView] | None = Field(description="Null for groups in lists.")
+    last_message: MessageView | None
+
+
+class MembersView(_View):
+    """The members that were asked for."""
+
+    items: list[MemberView]
+
+
+class MessagesView(_View):
+    """Messages in `seq` order; numbers between them belong to other events."""
+
+    items: list[MessageView]
+    head_seq: int
+
+
+class EventView(_View):
+    """EVENT. `payload` is as on the socket; of `new_message` it is MESSAGE."""
+
+    seq: int
+    event: str
+    payload: dict[str, Any]
+
+
+class EventsView(_View):
+    """A dense stretch of the log."""
+
+    epoch: UUID = Field(description="The database's incarnation; numbers of another one mean nothing.")
+    items: list[EventView]
+    head_seq: int
+    more: bool
+
+
+class RecipientView(_View):
+    """When one recipient got and read the message. Times of old messages are exact to the day."""
+
+    user_id: UUID
+    delivered_at: datetime | None
+    read_at: datetime | None = Field(description="Null also for a person who keeps their reading private.")
+
+
+class StatusView(_View):
+    """Everybody who could see the message but its sender."""
+
+    items: list[RecipientView]
