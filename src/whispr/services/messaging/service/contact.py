@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from typing import Final, Protocol
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final, Literal, Protocol
 from uuid import UUID
 
 from whispr.kit.clock import Clock
@@ -24,7 +24,7 @@ class ContactSource(Protocol):
     """Who knows relations: a client of user."""
 
     async def check_contactability(
-        self, sender_id: UUID, recipient_ids: Collection[UUID], purpose: str
+        self, sender_id: UUID, recipient_ids: Sequence[UUID], purpose: Literal["message", "group"]
     ) -> Mapping[UUID, Contactability]:
         """By recipient; at most 1,000 at a time."""
 

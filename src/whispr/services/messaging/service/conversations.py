@@ -28,7 +28,7 @@ from whispr.services.messaging.models import (
     check_document,
 )
 from whispr.services.messaging.service.members import Members
-from whispr.services.messaging.service.privacy import ReadReceipts
+from whispr.services.messaging.service.privacy import ReadReceipts, without_reading
 from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.store import conversations as store
 from whispr.services.messaging.store import members as member_store
@@ -173,12 +173,10 @@ class Conversations:
         return page, following
 
     async def _mask(self, shown: Sequence[ConversationView], user_id: UUID) -> list[ConversationView]:
-        # One question about everybody on the page; the answers below come from memory.
-        await self._read_receipts.hidden({member.user_id for view in shown for member in view.members or ()})
+        people = {member.user_id for view in shown for member in view.members or ()}
+        hidden = await self._read_receipts.hidden(people - {user_id})
         return [
-            view
-            if view.members is None
-            else msgspec.structs.replace(view, members=await self._read_receipts.mask(view.members, user_id))
+            msgspec.structs.replace(view, members=view.members and without_reading(view.members, hidden))
             for view in shown
         ]
 

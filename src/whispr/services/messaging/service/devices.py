@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -33,7 +33,7 @@ class DeviceList(Protocol):
 class DeviceSource(Protocol):
     """Who knows devices: a client of auth."""
 
-    async def get_user_devices(self, user_ids: Collection[UUID]) -> Mapping[UUID, DeviceList]:
+    async def get_user_devices(self, user_ids: Sequence[UUID]) -> Mapping[UUID, DeviceList]:
         """Active devices by person; unknown people are left out."""
 
 

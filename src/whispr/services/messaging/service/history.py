@@ -13,7 +13,6 @@ from whispr.services.messaging.models import (
     MessagesPage,
     UndeliveredPage,
 )
-from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.store import conversations, members
 from whispr.services.messaging.store import history as store
 
@@ -26,9 +25,8 @@ _FIRST = UUID(int=0)
 class History:
     """Reads of the log. Each takes the `Membership` that allows it and honours its floor."""
 
-    def __init__(self, db: Database, directory: Directory) -> None:
+    def __init__(self, db: Database) -> None:
         self._db = db
-        self._directory = directory
         self._epoch: UUID | None = None
 
     async def epoch(self) -> UUID:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 from uuid import UUID
 
@@ -72,14 +72,11 @@ class ReadReceipts:
         shown = {user_id for user_id in user_ids if self._is_shown(user_id, now)}
         return frozenset(user_ids) - shown
 
-    async def mask(self, members: Iterable[MemberView], viewer_id: UUID) -> list[MemberView]:
+    async def mask(self, members: Sequence[MemberView], viewer_id: UUID) -> list[MemberView]:
         """The members as `viewer_id` may see them: `read_seq` is None for those who hide it."""
-        listed = list(members)
-        hidden = await self.hidden({member.user_id for member in listed} - {viewer_id})
-        return [
-            msgspec.structs.replace(member, read_seq=None) if member.user_id in hidden else member
-            for member in listed
-        ]
+        return without_reading(
+            members, await self.hidden({member.user_id for member in members} - {viewer_id})
+        )
 
     def _is_shown(self, user_id: UUID, now: float) -> bool:
         shown, until = self._shown.get(user_id, (False, 0.0))
@@ -99,3 +96,11 @@ class ReadReceipts:
             return
         if hint.kind == "profile" and hint.user_id is not None:
             self._shown.pop(hint.user_id, None)
+
+
+def without_reading(members: Sequence[MemberView], hidden: Collection[UUID]) -> list[MemberView]:
+    """The members, with `read_seq` None for those in `hidden`."""
+    return [
+        msgspec.structs.replace(member, read_seq=None) if member.user_id in hidden else member
+        for member in members
+    ]
