@@ -1,4 +1,4 @@
-"""What the server's answers look like, as contracts name them. Unknown fields are ignored."""
+"""What the server's answers look like, as contracts name them. Unknown fields are ignored, bytes are base64."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Session(msgspec.Struct, frozen=True):
 
 class Prekey(msgspec.Struct, frozen=True):
     key_id: int
-    public_key: str
-    signature: str | None = None
+    public_key: bytes
+    signature: bytes | None = None
 
 
 class DeviceKeys(msgspec.Struct, frozen=True):
     device_id: UUID
     registration_id: int
-    identity_key: str
-    signing_key: str
+    identity_key: bytes
+    signing_key: bytes
     signed_prekey: Prekey
     one_time_prekey: Prekey | None = None
 
@@ -90,7 +90,7 @@ class Member(msgspec.Struct, frozen=True):
 class Conversation(msgspec.Struct, frozen=True):
     id: UUID
     type: str
-    members: list[Member] = []
+    members: list[Member] | None = None
     metadata: dict[str, Any] | None = None
     unread_count: int = 0
 
