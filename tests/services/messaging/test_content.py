@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from tests.services.messaging.rooms import Device
+
 from whispr.services.messaging.models import (
     MAX_CONTENT_BYTES,
     BadSignature,

@@ -11,8 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from tests.services.messaging.rooms import Auth, Device, Users, make_conversation
+
 from whispr.kit.cache import Cache
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Database
@@ -168,7 +168,9 @@ async def test_same_client_id_answers_with_the_first_message(bench: Bench) -> No
         await bench.sending.send(draft),
         *await asyncio.gather(bench.sending.send(draft), bench.sending.send(draft)),
     ]
-    assert not first.duplicate and second.duplicate and third.duplicate
+    assert not first.duplicate
+    assert second.duplicate
+    assert third.duplicate
     assert first.message == second.message == third.message
     assert len(await bench.log(conversation_id)) == 1
 
@@ -348,7 +350,8 @@ async def test_busy_conversation_asks_neighbours_ahead_of_need(bench: Bench) -> 
     assert not bench.sending._queues, "nothing waits: what is at hand still serves"
     await bench.sending.drain()
     await asyncio.sleep(0.01)
-    assert bench.auth.asked > asked[0] and bench.users.asked > asked[1]
+    assert bench.auth.asked > asked[0]
+    assert bench.users.asked > asked[1]
 
 
 async def test_pace_and_backlog_are_bounded(database: Callable[[str], str], valkey_url: str) -> None:
@@ -358,7 +361,8 @@ async def test_pace_and_backlog_are_bounded(database: Callable[[str], str], valk
         conversation_id, one, two = await bench.pair()
         outcomes = await asyncio.gather(*(bench.outcome(one.draft(conversation_id)) for _ in range(4)))
         assert [type(outcome) for outcome in outcomes] == [SendResult] * 3 + [RateLimited]
-        assert isinstance(outcomes[3], RateLimited) and outcomes[3].retry_after == 0.5
+        assert isinstance(outcomes[3], RateLimited)
+        assert outcomes[3].retry_after == 0.5
         clock.advance(0.5)
         await bench.sending.send(one.draft(conversation_id))
         others = [bench.auth.add(two.user_id) for _ in range(6)]
@@ -420,7 +424,8 @@ async def test_outbox_announces_what_was_stored_in_one_row_a_batch(bench: Bench)
         for seq in range(entry["first_seq"], entry["last_seq"] + 1)
     }
     assert announced == {(str(conversation_id), 1), (str(conversation_id), 2), (str(elsewhere), 1)}
-    assert {row["topic"] for row in rows} == {"message_sent"} and len(rows) <= 3
+    assert {row["topic"] for row in rows} == {"message_sent"}
+    assert len(rows) <= 3
     assert rows[0]["key"] in {str(result.message.head.id) for result in results}
 
 
@@ -500,9 +505,11 @@ async def test_any_drafts_in_any_batches(bench: Bench, batches: list[list[Plan]]
                 counts[plan.room] += 1
                 stored[key] = plan.content
                 assert isinstance(outcome, SendResult), (plan, outcome)
-                assert not outcome.duplicate and outcome.message.head.seq == counts[plan.room]
+                assert not outcome.duplicate
+                assert outcome.message.head.seq == counts[plan.room]
             elif stored[key] == plan.content:
-                assert isinstance(outcome, SendResult) and outcome.duplicate, (plan, outcome)
+                assert isinstance(outcome, SendResult), (plan, outcome)
+                assert outcome.duplicate
             else:
                 assert isinstance(outcome, ClientIdConflict), (plan, outcome)
     for room, count in zip(rooms, counts, strict=True):
