@@ -184,3 +184,17 @@ def test_no_foreign_cursor_is_believed_or_crashes(cursor: str) -> None:
     except InvalidCursor:
         return
     raise AssertionError("a random text was taken for a cursor")
+
+
+def test_the_document_names_problems_by_their_own_type() -> None:
+    app = create_app(title="Notes", description="", version="1", routers=[router()], identity=None)
+    create = app.openapi()["paths"]["/notes"]["post"]
+    problem_type = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    assert {
+        status: answer["content"] for status, answer in create["responses"].items() if status >= "400"
+    } == {status: problem_type for status in ("400", "413", "422", "429", "503")}
+    assert set(create["responses"]["201"]["content"]) == {"application/json"}
+    assert "413" not in app.openapi()["paths"]["/notes/{note_id}"]["get"]["responses"], (
+        "nothing to be too large"
+    )
+    assert app.openapi() == app.openapi()

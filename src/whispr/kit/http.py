@@ -204,7 +204,6 @@ def create_app(
 
     `max_body` (bytes) bounds request bodies; a larger one is 413 `too_large`.
     """
-    problem = {"model": Problem, "content": {"application/problem+json": {}}}
     app = FastAPI(
         title=title,
         description=description,
@@ -215,7 +214,7 @@ def create_app(
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
         responses={
-            str(status): {**problem, "description": _TITLES[status]} for status in (400, 422, 429, 503)
+            str(status): {"model": Problem, "description": _TITLES[status]} for status in (400, 422, 429, 503)
         },
     )
     app.router.route_class = CheckedRoute
@@ -241,7 +240,31 @@ def create_app(
         expose_headers=["X-Request-Id", "Retry-After"],
         max_age=7200,
     )
+    _describe_problems(app)
     return app
+
+
+def _describe_problems(app: FastAPI) -> None:
+    """Make the document say what the door does: problems have their own content type, on routes that name none too."""
+    make_document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = make_document()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                answers: dict[str, dict[str, Any]] = operation["responses"]
+                if "security" in operation:
+                    answers.setdefault("401", {"description": _TITLES[401]})
+                if "requestBody" in operation:
+                    answers.setdefault("413", {"description": _TITLES[413]})
+                for status, answer in answers.items():
+                    if status >= "400":
+                        answer["content"] = {
+                            "application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}
+                        }
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _check_routes(router: APIRouter) -> None:
