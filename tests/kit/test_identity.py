@@ -390,10 +390,12 @@ async def test_sizes_are_bounded(world: World) -> None:
 
 
 async def test_deep_nesting_is_refused(world: World) -> None:
-    deep = b64(b"[" * 1500)
-    refused(world, f"{deep}.{deep}.{deep}")
-    message = f"{b64(json.dumps({'alg': 'EdDSA', 'kid': 'k1'}).encode())}.{deep}"
-    refused(world, f"{message}.{b64(KEY.sign(message.encode()).signature)}")
+    deep = b"[" * 1100 + b"]" * 1100
+    head = b64(json.dumps({"alg": "EdDSA", "kid": "k1"}).encode())
+    for body in (deep, b'{"more":' + deep + b"}"):
+        refused(world, f"{b64(body)}.{b64(body)}.{b64(bytes(64))}"[:4096])
+        message = f"{head}.{b64(body)}"
+        refused(world, f"{message}.{b64(KEY.sign(message.encode()).signature)}")
 
 
 async def test_one_token_has_one_spelling(world: World) -> None:
