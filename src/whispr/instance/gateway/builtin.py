@@ -6,15 +6,17 @@ It passes tokens on unread and limits nobody: the services check tokens and hold
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import sys
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from typing import Any
 
 from aiohttp import (
     ClientConnectorError,
     ClientError,
+    ClientResponse,
     ClientSession,
     ClientTimeout,
     TCPConnector,
@@ -40,6 +42,8 @@ HOP_BY_HOP = frozenset(
     }
 )
 REQUEST_ID = "x-request-id"
+# Escaped slashes and dot segments mean another path to a service than to us: they could lead past the routes.
+AMBIGUOUS = re.compile(r"%2f|%5c|/\.{1,2}(?:/|$)|//", re.IGNORECASE)
 FRAME_BYTES = 1024 * 1024
 CHUNK_BYTES = 64 * 1024
 # As in Envoy's configuration: enough tries to bridge the restart of a service.
@@ -75,11 +79,14 @@ class Gateway:
             response = problem(503, "unavailable", "The service is not available at the moment.", request_id)
         if not response.prepared:
             response.headers.setdefault(REQUEST_ID, request_id)
+            response.headers["server"] = "whispr"
         return response
 
     async def _dispatch(self, request: web.Request, request_id: str) -> web.StreamResponse:
         if request.path == "/readyz":
             return await self._pass(request, request_id, self._plan.readiness, None)
+        if AMBIGUOUS.search(request.raw_path.partition("?")[0]):
+            return problem(400, "invalid_request", "The path is ambiguous.", request_id)
         route = find(self._plan.routes, request.path)
         if route is None:
             return problem(404, "not_found", "There is nothing at this address.", request_id)
@@ -107,7 +114,7 @@ class Gateway:
                 async with self._client.request(
                     request.method, url, headers=headers, data=body, allow_redirects=False
                 ) as answer:
-                    return await _relay(request, answer.status, answer.headers, answer.content)
+                    return await _relay(request, request_id, answer)
             except ClientConnectorError:
                 if attempt == TRIES - 1 or body is request.content:
                     raise
@@ -163,15 +170,15 @@ async def _read(request: web.Request, limit: int | None) -> Any:
     return b"".join(parts) or None
 
 
-async def _relay(
-    request: web.Request, status: int, headers: Mapping[str, str], content: Any
-) -> web.StreamResponse:
-    response = web.StreamResponse(status=status)
-    for name, value in headers.items():
+async def _relay(request: web.Request, request_id: str, answer: ClientResponse) -> web.StreamResponse:
+    response = web.StreamResponse(status=answer.status)
+    for name, value in answer.headers.items():
         if name.lower() not in HOP_BY_HOP:
             response.headers.add(name, value)
+    response.headers.setdefault(REQUEST_ID, request_id)
+    response.headers["server"] = "whispr"
     await response.prepare(request)
-    async for part in content.iter_chunked(CHUNK_BYTES):
+    async for part in answer.content.iter_chunked(CHUNK_BYTES):
         await response.write(part)
     await response.write_eof()
     return response
@@ -217,7 +224,9 @@ def problem(status: int, code: str, detail: str, request_id: str) -> web.Respons
     """An answer of the gateway itself, in the form of the services' own."""
     document = {
         "type": "about:blank",
-        "title": {404: "Not Found", 413: "Content Too Large", 503: "Service Unavailable"}[status],
+        "title": {400: "Bad Request", 404: "Not Found", 413: "Content Too Large", 503: "Service Unavailable"}[
+            status
+        ],
         "status": status,
         "detail": detail,
         "code": code,

@@ -61,6 +61,13 @@ def _listener(plan: Plan) -> dict[str, Any]:
         "path_with_escaped_slashes_action": "REJECT_REQUEST",
         "server_name": "whispr",
         "preserve_external_request_id": True,
+        # Envoy would else write into a client's request id whether it is traced.
+        "request_id_extension": {
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.request_id.uuid.v3.UuidRequestIdConfig",
+                "pack_trace_reason": False,
+            }
+        },
         "always_set_request_id_in_response": True,
         "stream_idle_timeout": "120s",
         "request_headers_timeout": "10s",
