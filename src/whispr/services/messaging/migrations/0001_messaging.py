@@ -18,10 +18,12 @@ CREATE TABLE incarnation (
 );
 INSERT INTO incarnation DEFAULT VALUES;
 
+-- The clients' own objects are json, not jsonb: nothing here looks into them, and jsonb would write 1e300 out as 301
+-- digits, no longer the number that was stored.
 CREATE TABLE conversations (
     id              uuid PRIMARY KEY,
     type            text NOT NULL CHECK (type IN ('direct', 'group')),
-    metadata        jsonb NOT NULL DEFAULT '{}',
+    metadata        json NOT NULL DEFAULT '{}',
     is_active       boolean NOT NULL DEFAULT true,
     created_by      uuid NOT NULL,
     direct_key      text UNIQUE,
@@ -38,7 +40,7 @@ CREATE TABLE conversation_members (
     conversation_id uuid NOT NULL REFERENCES conversations (id) ON DELETE CASCADE,
     user_id         uuid NOT NULL,
     role            text NOT NULL CHECK (role IN ('owner', 'admin', 'member')),
-    settings        jsonb NOT NULL DEFAULT '{}',
+    settings        json NOT NULL DEFAULT '{}',
     joined_at       timestamptz NOT NULL,
     floor_seq       bigint NOT NULL DEFAULT 0,
     is_active       boolean NOT NULL DEFAULT true,

@@ -28,5 +28,6 @@ async def forget_person(tx: Connection, user_id: UUID) -> None:
         user_id,
     )
     await tx.execute(
-        "UPDATE conversation_members SET settings = '{}' WHERE user_id = $1 AND settings <> '{}'", user_id
+        "UPDATE conversation_members SET settings = '{}' WHERE user_id = $1 AND settings::text <> '{}'",
+        user_id,
     )

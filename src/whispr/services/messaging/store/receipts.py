@@ -47,9 +47,9 @@ async def advance(
                       m.delivered_seq, m.read_seq
         ), marked AS (
             INSERT INTO receipt_marks (conversation_id, user_id, kind, seq, at)
-            SELECT conversation_id, user_id, 1, delivered_seq, $5 FROM moved WHERE delivered_seq > old_delivered
+            SELECT conversation_id, user_id, 1, delivered_seq, $5::timestamptz FROM moved WHERE delivered_seq > old_delivered
             UNION ALL
-            SELECT conversation_id, user_id, 2, read_seq, $5 FROM moved WHERE read_seq > old_read
+            SELECT conversation_id, user_id, 2, read_seq, $5::timestamptz FROM moved WHERE read_seq > old_read
             ON CONFLICT DO NOTHING
         )
         SELECT * FROM moved
