@@ -129,7 +129,12 @@ class WebSocketLink(WSListener):
         if socket is None:
             return
         kind = frame.msg_type
-        if kind is _TEXT and frame.fin and self._fragments is None and not frame.rsv1:
+        if (
+            kind is _TEXT
+            and frame.fin
+            and self._fragments is None
+            and not (frame.rsv1 | frame.rsv2 | frame.rsv3)
+        ):
             socket.receive_text(frame.get_payload_as_bytes())
         else:
             self._receive_uncommon(socket, kind, frame)

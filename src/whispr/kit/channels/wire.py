@@ -28,6 +28,8 @@ _Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
 
 _encode = msgspec.json.encode
 
+_STATUS: Final = {status: b',{"status":"%b","response":' % status.encode() for status in ("ok", "error")}
+
 
 class Frame(msgspec.Struct, array_like=True, gc=False):
     """A frame from a client. `payload` is unparsed JSON, or the raw bytes of a binary frame."""
@@ -124,12 +126,13 @@ class ArraySerializer:
 
     _BEAT_HEAD: Final = b'[null,"'
     _BEAT_TAIL: Final = b'","phoenix","heartbeat",{}]'
+    _BEAT_ANSWER: Final = b'","phoenix","phx_reply",{"status":"ok","response":{}}]'
 
     def heartbeat_answer(self, data: bytes) -> bytes | None:
         if data.endswith(self._BEAT_TAIL) and data.startswith(self._BEAT_HEAD):
             ref = data[len(self._BEAT_HEAD) : -len(self._BEAT_TAIL)]
             if ref.isalnum() and len(ref) <= MAX_NAME:
-                return b'[null,"%b","phoenix","phx_reply",{"status":"ok","response":{}}]' % ref
+                return self._BEAT_HEAD + ref + self._BEAT_ANSWER
         return None
 
     def decode(self, data: bytes) -> Frame:
@@ -170,13 +173,8 @@ class ArraySerializer:
         return b"%b,%b,%b]" % (_encode(topic), _encode(event), payload)
 
     def reply(self, join_ref: str | None, ref: str, topic: str, status: str, response: bytes) -> bytes:
-        return b'[%b,%b,%b,"phx_reply",{"status":"%b","response":%b}]' % (
-            _encode(join_ref),
-            _encode(ref),
-            _encode(topic),
-            status.encode(),
-            response,
-        )
+        start = _encode((join_ref, ref, topic, "phx_reply"))[:-1]
+        return b"".join((start, _STATUS[status], response, b"}]"))
 
     def control(self, join_ref: str | None, topic: str, event: str, payload: bytes) -> bytes:
         encoded = _encode(join_ref)
