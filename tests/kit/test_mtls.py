@@ -164,14 +164,16 @@ def test_root_rotation_overlaps_trust(tmp_path: Path) -> None:
     assert both[0] == old
     assert len(both) == 2
     new = both[1]
-    assert ca.renew("auth", tmp_path / "auth", ttl), "the wider bundle must reach the workloads"
+    assert ca.renew("auth", tmp_path / "auth", timedelta(days=9)), "the wider bundle must reach the workloads"
     _leaf(tmp_path / "auth").verify_directly_issued_by(old)
 
     ca.rotate_root(lead=lead, leaf_ttl=ttl)
     assert _roots(ca.bundle()) == both, "a second rotation during the first would leave three roots"
 
     clock.advance(lead.total_seconds() + 1)
-    ca.issue("auth", tmp_path / "auth", ttl)
+    assert ca.renew("auth", tmp_path / "auth", timedelta(days=9)), (
+        "a long-lived leaf must not outlast its root"
+    )
     _leaf(tmp_path / "auth").verify_directly_issued_by(new)
     assert _roots(ca.bundle()) == both, "leaves of the old root are still out there"
 

@@ -124,9 +124,14 @@ class LocalCA:
         except (OSError, ValueError, x509.ExtensionNotFound):
             return True
         start, end = certificate.not_valid_before_utc + _SKEW, certificate.not_valid_after_utc
+        with self._locked():
+            roots = self._keep_roots()
+        signer = x509.load_pem_x509_certificate(self._signing(roots).certificate.encode())
         return (
             self._clock.now() >= start + (end - start) / 2
-            or bundle != self.bundle()
+            or bundle != self._bundle(roots)
+            # A leaf of the old root, however long it may live, must be gone before that root is.
+            or certificate.issuer != signer.subject
             or self._id(service) not in names.get_values_for_type(x509.UniformResourceIdentifier)
         )
 
@@ -166,8 +171,11 @@ class LocalCA:
         self._write([*old, new])
         return [*old, new]
 
+    def _signing(self, roots: list[_Root]) -> _Root:
+        return [root for root in roots if root.signs_from <= self._clock.now()][-1]
+
     def _signer(self, roots: list[_Root]) -> _Signer:
-        root = [root for root in roots if root.signs_from <= self._clock.now()][-1]
+        root = self._signing(roots)
         key = serialization.load_pem_private_key(root.key.encode(), password=None)
         if not isinstance(key, ec.EllipticCurvePrivateKey):
             raise TypeError("The root's key is not an elliptic-curve key.")
