@@ -121,10 +121,11 @@ async def test_a_key_does_not_bring_back_a_group_one_left(stack: Stack) -> None:
 
 async def test_a_group_holds_a_thousand_people(stack: Stack) -> None:
     ann = (await people(stack, 1))[0]
-    body = {"type": "group", "member_ids": [str(uuid4()) for _ in range(1_000)]}
+    member_ids = [str(uuid4()) for _ in range(1_000)]
+    body = {"type": "group", "member_ids": member_ids}
     assert assert_problem(await ann.post("/conversations", body), 409, "too_many_members")["limit"] == 1_000
     # The owner and 999 others are asked about: none exists, so the bound itself did not refuse them.
-    body["member_ids"].pop()
+    member_ids.pop()
     answer = assert_problem(await ann.post("/conversations", body), 404, "user_not_found")
     assert len(answer["user_ids"]) == 999
 

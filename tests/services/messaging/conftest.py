@@ -1,0 +1,31 @@
+"""Messaging's own database and a cache, for tests of its parts without the doors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from whispr.kit.cache import Cache
+from whispr.kit.db import Database
+
+
+@pytest.fixture
+async def messaging_db(database: Callable[[str], str]) -> AsyncIterator[Database]:
+    """The migrated database of messaging."""
+    db = Database(database("messaging"), pool_size=5)
+    await db.open()
+    yield db
+    await db.close()
+
+
+@pytest.fixture
+async def messaging_cache(valkey_url: str) -> AsyncIterator[Cache]:
+    """A cache that hears its subscriptions."""
+    cache = Cache(valkey_url)
+    listening = asyncio.create_task(cache.run())
+    yield cache
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+    await cache.close()
