@@ -219,7 +219,7 @@ class RestClient:
                 return
 
     async def add_members(self, conversation_id: UUID, user_ids: Sequence[UUID]) -> None:
-        body = {"user_ids": [str(user_id) for user_id in user_ids]}
+        body = {"member_ids": [str(user_id) for user_id in user_ids]}
         await self._request("POST", f"/api/v1/conversations/{conversation_id}/members", json=body)
 
     async def remove_member(self, conversation_id: UUID, user_id: UUID) -> None:

@@ -106,11 +106,12 @@ class Channel:
         self._waiting: deque[_Push] = deque()
         self._joiner: asyncio.Task[None] | None = None
         self._closed = False
+        self._refusal: JoinRefused | None = None
 
     async def push(self, event: str, payload: Any, timeout: float | None = None) -> msgspec.Raw:
         """Send and wait for the reply. Raises ApiError (the server refused) or Unreachable (nothing is known)."""
         if self._closed:
-            raise Unreachable(f"{self.topic} is closed")
+            raise self._refusal or JoinRefused("closed")
         future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
 
         def on_reply(error: ClientError | None, response: msgspec.Raw) -> None:
@@ -216,10 +217,11 @@ class Channel:
 
     def _end(self, refusal: JoinRefused | None) -> None:
         self._closed = True
+        self._refusal = refusal
         self.joined = False
         self._socket.remove(self)
         for push in self._waiting:
-            push.on_reply(refusal or Unreachable(f"{self.topic} was closed"), msgspec.Raw(b"{}"))
+            push.on_reply(refusal or JoinRefused("closed"), msgspec.Raw(b"{}"))
         self._waiting.clear()
 
 

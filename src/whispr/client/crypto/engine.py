@@ -133,11 +133,8 @@ class Engine:
             self.sender_keys.distributed(conversation_id, sealed.chain_id, sealed.given)
 
     def open(self, message: Message) -> Payload:
-        """Verify and decrypt. Raises UnknownSender or Undecryptable; nothing has changed then."""
-        sender = self.directory.device(message.sender_device_id)
-        if sender is None or sender.user_id != message.sender_id:
-            raise UnknownSender(message.sender_id, message.sender_device_id, self._claimed(message))
-        self._verify(message, sender)
+        """Verify and decrypt. Raises UnknownSender or Undecryptable."""
+        sender = self.check_sender(message)
         envelope = (message.content.envelopes or {}).get(str(self.device_id))
         if envelope is not None and envelope.type != "sender_key":
             plaintext = self._open_pairwise(message, sender, _body(envelope.body))
@@ -153,6 +150,14 @@ class Engine:
         if payload.sender_key is not None:
             self.sender_keys.receive(message.conversation_id, sender.device_id, payload.sender_key)
         return payload
+
+    def check_sender(self, message: Message) -> KnownDevice:
+        """The device that signed the message. Raises UnknownSender or Undecryptable."""
+        sender = self.directory.device(message.sender_device_id)
+        if sender is None or sender.user_id != message.sender_id:
+            raise UnknownSender(message.sender_id, message.sender_device_id, self._claimed(message))
+        self._verify(message, sender)
+        return sender
 
     def _seal_for_group(
         self, conversation_id: UUID, client_id: UUID, payload: Payload, devices: Sequence[KnownDevice]

@@ -15,6 +15,8 @@ import msgspec
 import xeddsa
 from nacl.signing import SigningKey
 
+from whispr.client.encoding import encode_base64
+
 
 class DeviceIdentity(msgspec.Struct, frozen=True):
     """The secret half: `seed` (32 bytes) and the registration id (1..16380) that tells installations apart."""
@@ -38,6 +40,13 @@ class DeviceIdentity(msgspec.Struct, frozen=True):
     @property
     def identity_key(self) -> bytes:
         return xeddsa.priv_to_curve25519_pub(self.private_key)
+
+    def published(self) -> dict[str, str]:
+        """The public halves as contracts write them."""
+        return {
+            "identity_key": encode_base64(self.identity_key),
+            "signing_key": encode_base64(self.signing_key),
+        }
 
     def sign(self, message: bytes) -> bytes:
         """64 bytes, Ed25519."""

@@ -1,0 +1,118 @@
+"""The device's login and long-term keys in the local store, and its stock of prekeys on the server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+from uuid import uuid4
+
+import msgspec
+
+from whispr.client.crypto.identity import DeviceIdentity
+from whispr.client.crypto.prekeys import LOW, STOCK, PrekeyStock, published
+from whispr.client.failures import ClientError
+from whispr.client.models import Session
+from whispr.client.rest import RestClient
+from whispr.client.store import Store
+
+_SPACE: Final = "account"
+
+
+class _Entry(msgspec.Struct):
+    """A registration or login that may have to be repeated: the same key and form give the same device."""
+
+    door: str
+    username: str
+    idempotency_key: str
+    device: dict[str, Any]
+
+
+class AlreadyRegistered(ClientError):
+    """This store belongs to a device already."""
+
+
+class Account:
+    """`now` gives epoch seconds."""
+
+    def __init__(self, store: Store, rest: RestClient, now: Callable[[], float]) -> None:
+        self._store = store
+        self._rest = rest
+        self._now = now
+
+    @property
+    def session(self) -> Session | None:
+        return load_session(self._store)
+
+    @property
+    def identity(self) -> DeviceIdentity:
+        """Made on first use."""
+        identity = self._store.load(_SPACE, "identity", DeviceIdentity)
+        if identity is None:
+            identity = DeviceIdentity.generate()
+            with self._store.transaction():
+                self._store.save(_SPACE, "identity", identity)
+        return identity
+
+    async def enter(self, door: str, username: str, password: str, name: str, platform: str) -> Session:
+        """Register (`door` "register") or log in ("login") with this store as a new device.
+
+        Repeated after a crash or a lost answer, it gives the same device. Raises ApiError, Unreachable,
+        AlreadyRegistered.
+        """
+        if self.session is not None:
+            raise AlreadyRegistered("this store is logged in already")
+        entry = self._store.load(_SPACE, "entry", _Entry)
+        if entry is None or (entry.door, entry.username) != (door, username):
+            entry = self._prepare(door, username, name, platform)
+        call = self._rest.register if door == "register" else self._rest.login
+        session = await call(username, password, device=entry.device, idempotency_key=entry.idempotency_key)
+        with self._store.transaction():
+            self._store.delete(_SPACE, "entry")
+        return session
+
+    async def tend_prekeys(self, prekeys: PrekeyStock, *, low: bool = False) -> None:
+        """Finish an interrupted upload, rotate the signed prekey when due, and fill up when stock is `low`."""
+        upload = self._store.load(_SPACE, "upload", dict[str, Any])
+        if upload is None:
+            if not low:
+                counts = await self._rest.key_counts()
+                low = counts.get("one_time_prekeys", 0) < LOW
+            if not low and not prekeys.due():
+                return
+            with self._store.transaction():
+                signed = prekeys.rotate() if prekeys.due() else prekeys.current()
+                upload = {"signed": published(signed), "one_time": prekeys.generate(STOCK if low else 0)}
+                # Kept before it is sent: what the server may hand out, this device must be able to answer.
+                self._store.save(_SPACE, "upload", upload)
+        await self._rest.upload_keys(upload["signed"], upload["one_time"])
+        with self._store.transaction():
+            self._store.delete(_SPACE, "upload")
+
+    def _prepare(self, door: str, username: str, name: str, platform: str) -> _Entry:
+        identity = self.identity
+        prekeys = PrekeyStock(self._store, identity, self._now)
+        with self._store.transaction():
+            entry = _Entry(
+                door,
+                username,
+                str(uuid4()),
+                {
+                    "name": name,
+                    "platform": platform,
+                    "registration_id": identity.registration_id,
+                    **identity.published(),
+                    "signed_prekey": published(prekeys.current()),
+                    "one_time_prekeys": prekeys.generate(STOCK),
+                },
+            )
+            self._store.save(_SPACE, "entry", entry)
+        return entry
+
+
+def load_session(store: Store) -> Session | None:
+    return store.load(_SPACE, "session", Session)
+
+
+def keep_session(store: Store, session: Session) -> None:
+    with store.transaction():
+        store.save(_SPACE, "session", session)

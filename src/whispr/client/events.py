@@ -1,0 +1,59 @@
+"""What the application is told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import msgspec
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """A message as this device reads it.
+
+    `kind` is the payload's (`text`, `sender_key`, or the application's own). `error` says why the device cannot read it
+    (see `Undecryptable`); `text` and `data` are then empty. `verified` is False when the sending device's keys are
+    only known from the message itself, because the server no longer has the device.
+    """
+
+    id: UUID
+    conversation_id: UUID
+    seq: int
+    sender_id: UUID
+    sender_device_id: UUID
+    client_id: UUID
+    sent_at: datetime
+    kind: str
+    text: str | None = None
+    data: dict[str, Any] = {}
+    reply_to_id: UUID | None = None
+    edited: bool = False
+    deleted: bool = False
+    verified: bool = True
+    error: str | None = None
+
+
+class ConversationEvent(msgspec.Struct, frozen=True):
+    """One entry of a conversation's log. `message` is set for `new_message` and `message_edited`."""
+
+    conversation_id: UUID
+    seq: int
+    event: str
+    payload: dict[str, Any]
+    message: ChatMessage | None = None
+
+
+class Notice(msgspec.Struct, frozen=True):
+    """Anything that is not in a log: `receipt`, `typing`, `presence_state`, `presence_diff`, the pushes of the user's own
+    topic, and from the library itself `identity_changed`, `history_truncated`, `history_reset`, `send_failed`,
+    `session_ended`."""
+
+    name: str
+    payload: dict[str, Any]
+    conversation_id: UUID | None = None
+
+
+OnEvent = Callable[[ConversationEvent], Awaitable[None] | None]
+OnNotice = Callable[[Notice], None]

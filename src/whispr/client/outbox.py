@@ -1,0 +1,276 @@
+"""Sends messages until the server has acknowledged them, each exactly once, in order within a conversation.
+
+A message is kept with its client id before anything else happens, and again once it is encrypted, together with the
+ratchets' new state. Only then is it sent. Whatever is lost after that, the same bytes are sent again under the
+same client id; the server stores them once. When the server refuses because devices have come or gone, nothing
+was stored, and the message is encrypted anew for the devices there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+from uuid import UUID, uuid4
+
+import msgspec
+
+from whispr.client.backoff import Backoff
+from whispr.client.conversations import Conversations
+from whispr.client.crypto.engine import BundleNeeded, DistributionNeeded, Engine, Payload, Sealed
+from whispr.client.devices import Devices
+from whispr.client.encoding import encode_base64
+from whispr.client.events import Notice
+from whispr.client.failures import ApiError, ClientError, Unreachable
+from whispr.client.history import History
+from whispr.client.models import Sent
+from whispr.client.store import Store
+
+_SPACE: Final = "outbox"
+# Devices may come and go while we encrypt; but a server that never agrees must not keep us busy for ever.
+MAX_ROUNDS: Final = 10
+
+Push = Callable[[UUID, str, dict[str, Any]], Awaitable[msgspec.Raw]]
+
+
+class Outgoing(msgspec.Struct):
+    """A message that is not acknowledged yet. `number` keeps the order."""
+
+    number: int
+    conversation_id: UUID
+    client_id: UUID
+    payload: Payload
+    message_type: str = "text"
+    reply_to_id: UUID | None = None
+    sealed: Sealed | None = None
+
+
+class Outbox:
+    """`push(conversation_id, event, payload)` sends on the conversation's channel and gives the reply."""
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        devices: Devices,
+        conversations: Conversations,
+        history: History,
+        *,
+        push: Push,
+        notify: Callable[[Notice], None],
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._devices = devices
+        self._conversations = conversations
+        self._history = history
+        self._push = push
+        self._notify = notify
+        self._queues: dict[UUID, deque[Outgoing]] = {}
+        self._workers: dict[UUID, asyncio.Task[None]] = {}
+        self._answers: dict[UUID, asyncio.Future[Sent]] = {}
+        self._seen: dict[UUID, asyncio.Event] = {}
+        self._backoff = Backoff(base=0.2, cap=10.0)
+
+    def start(self) -> None:
+        """Go on with what an earlier run left."""
+        for key in self._store.keys(_SPACE):
+            item = self._store.load(_SPACE, key, Outgoing)
+            if item is not None and item.client_id not in self._answers:
+                self._enqueue(item)
+
+    async def stop(self) -> None:
+        workers = list(self._workers.values())
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        for answer in self._answers.values():
+            answer.cancel()
+        self._queues.clear()
+        self._answers.clear()
+
+    def send(
+        self,
+        conversation_id: UUID,
+        payload: Payload,
+        *,
+        message_type: str = "text",
+        reply_to_id: UUID | None = None,
+        client_id: UUID | None = None,
+    ) -> asyncio.Future[Sent]:
+        """Keep the message and send it as soon as it can be. The future has the server's receipt or what it refused."""
+        item = Outgoing(
+            self._next_number(), conversation_id, client_id or uuid4(), payload, message_type, reply_to_id
+        )
+        with self._store.transaction():
+            self._keep(item)
+            self._history.keep_sent(item.client_id, payload)
+        return self._enqueue(item)
+
+    def seen(self, client_id: UUID) -> None:
+        """The log has a message of this device: it is stored, whatever became of the reply."""
+        event = self._seen.get(client_id)
+        if event is not None:
+            event.set()
+
+    async def seal(
+        self, conversation_id: UUID, client_id: UUID, payload: Payload, keep: Callable[[Sealed], None]
+    ) -> Sealed:
+        """Encrypt for the devices there are now; `keep` is called in the transaction that moves the ratchets.
+
+        Raises DistributionNeeded, TooManyDevices, BadBundle, ApiError, Unreachable.
+        """
+        conversation = await self._conversations.load(conversation_id)
+        while True:
+            devices = await self._devices.of(conversation.members)
+            try:
+                with self._store.transaction():
+                    sealed = self._engine.seal(
+                        conversation_id, client_id, payload, devices, group=conversation.group
+                    )
+                    keep(sealed)
+            except BundleNeeded as needed:
+                await self._devices.provide(needed)
+            else:
+                return sealed
+
+    async def reconcile(self, conversation_id: UUID, refusal: ApiError) -> None:
+        """Follow a `devices_mismatch`: members may have changed, or their devices."""
+        conversation = await self._conversations.load(conversation_id, again=True)
+        await self._devices.reconcile(conversation.members, refusal.fields)
+
+    # One worker a conversation, so that its messages keep their order.
+
+    def _enqueue(self, item: Outgoing) -> asyncio.Future[Sent]:
+        future: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+        # A failure is told by a notice too; nobody has to wait for the future.
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._answers[item.client_id] = future
+        self._queues.setdefault(item.conversation_id, deque()).append(item)
+        if item.conversation_id not in self._workers:
+            self._workers[item.conversation_id] = asyncio.create_task(self._work(item.conversation_id))
+        return future
+
+    async def _work(self, conversation_id: UUID) -> None:
+        queue = self._queues[conversation_id]
+        try:
+            while queue:
+                await self._finish(queue[0])
+                queue.popleft()
+        finally:
+            del self._workers[conversation_id]
+
+    async def _finish(self, item: Outgoing) -> None:
+        future = self._answers.pop(item.client_id)
+        try:
+            sent = await self._deliver(item)
+        except asyncio.CancelledError:
+            future.cancel()
+            raise
+        except ClientError as error:
+            with self._store.transaction():
+                self._store.delete(_SPACE, _key(item))
+            self._notify(
+                Notice(
+                    "send_failed",
+                    {"client_id": str(item.client_id), "error": str(error)},
+                    item.conversation_id,
+                )
+            )
+            if not future.done():
+                future.set_exception(error)
+        else:
+            if not future.done():
+                future.set_result(sent)
+
+    async def _deliver(self, item: Outgoing) -> Sent:
+        attempt = rounds = 0
+        while True:
+            try:
+                sent = await self._attempt(item)
+            except DistributionNeeded:
+                await self._distribute(item.conversation_id)
+            except Unreachable:
+                attempt += 1
+                await asyncio.sleep(self._backoff.delay(attempt))
+            except ApiError as error:
+                if error.code == "devices_mismatch" and rounds < MAX_ROUNDS:
+                    rounds += 1
+                    item.sealed = None
+                    await self._reconcile(item.conversation_id, error)
+                elif error.passing:
+                    attempt += 1
+                    await asyncio.sleep(self._backoff.delay(attempt, error.retry_after))
+                else:
+                    raise
+            else:
+                with self._store.transaction():
+                    if item.sealed is not None:
+                        self._engine.confirm(item.conversation_id, item.sealed)
+                    self._store.delete(_SPACE, _key(item))
+                return sent
+
+    async def _attempt(self, item: Outgoing) -> Sent:
+        if item.sealed is None:
+
+            def keep(sealed: Sealed) -> None:
+                self._keep(msgspec.structs.replace(item, sealed=sealed))
+
+            # Only what a finished transaction holds may be sent: otherwise its keys would serve twice.
+            item.sealed = await self.seal(item.conversation_id, item.client_id, item.payload, keep)
+        body: dict[str, Any] = {
+            "client_id": str(item.client_id),
+            "message_type": item.message_type,
+            "content": item.sealed.content,
+            "signature": encode_base64(item.sealed.signature),
+        }
+        if item.reply_to_id is not None:
+            body["reply_to_id"] = str(item.reply_to_id)
+        seen = self._seen[item.client_id] = asyncio.Event()
+        try:
+            reply = await self._push(item.conversation_id, "new_message", body)
+        except ApiError as error:
+            if error.code != "client_id_conflict":
+                raise
+            # An earlier encryption of this very message was stored, and its reply lost.
+            return await self._await_own(item, seen)
+        finally:
+            del self._seen[item.client_id]
+        return msgspec.json.decode(reply, type=Sent)
+
+    async def _await_own(self, item: Outgoing, seen: asyncio.Event) -> Sent:
+        item.sealed = None
+        while True:
+            for message in reversed(self._history.messages(item.conversation_id)):
+                if message.client_id == item.client_id:
+                    return Sent(message.id, message.seq, message.sent_at, duplicate=True)
+            await seen.wait()
+            seen.clear()
+
+    async def _distribute(self, conversation_id: UUID) -> None:
+        """Give every device the sender key, by a message of its own."""
+        item = Outgoing(self._next_number(), conversation_id, uuid4(), Payload("sender_key"), "system")
+        with self._store.transaction():
+            self._keep(item)
+            self._history.keep_sent(item.client_id, item.payload)
+        await self._deliver(item)
+
+    async def _reconcile(self, conversation_id: UUID, error: ApiError) -> None:
+        try:
+            await self.reconcile(conversation_id, error)
+        except Unreachable:
+            await asyncio.sleep(self._backoff.delay(1))
+
+    def _keep(self, item: Outgoing) -> None:
+        self._store.save(_SPACE, _key(item), item)
+
+    def _next_number(self) -> int:
+        number = 1 + (self._store.load("counters", "outbox", int) or 0)
+        with self._store.transaction():
+            self._store.save("counters", "outbox", number)
+        return number
+
+
+def _key(item: Outgoing) -> str:
+    return f"{item.number:012}"
