@@ -134,7 +134,7 @@ class PushTokens:
             age = timedelta(days=self._settings.data_key_days)
             if newest is not None and not force and self._clock.now() < newest.created_at + age:
                 return False, newest.id
-            made = await self._make_key(tx)
+            made = await self._make_key(tx, newest)
         return True, made.id
 
     async def tend(self) -> dict[str, int]:
@@ -207,8 +207,11 @@ class PushTokens:
         keys = await store.push_tokens.data_keys(tx)
         return keys[0] if keys else await self._make_key(tx)
 
-    async def _make_key(self, tx: Connection) -> SealedKey:
+    async def _make_key(self, tx: Connection, newest: SealedKey | None = None) -> SealedKey:
         now = self._clock.now()
+        if newest is not None:
+            # A clock behind that of the process that made the newest must not make an older one.
+            now = max(now, newest.created_at + timedelta(microseconds=1))
         key_id = f"data-{now:%Y%m%d}-{secrets.token_hex(4)}"
         sealed = self._vault.seal(secrets.token_bytes(32), _purpose(key_id))
         key = SealedKey(key_id, self._vault.primary, sealed, now)

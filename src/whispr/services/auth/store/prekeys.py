@@ -154,7 +154,7 @@ def _remaining(device_id: str) -> str:
     return f"""(
         SELECT count(*) FROM (
             SELECT FROM one_time_prekeys o WHERE o.device_id = {device_id} AND o.kind = $2 LIMIT $3
-        ) AS some
+        ) AS stock
     )"""
 
 
