@@ -17,8 +17,10 @@ from tests.kit.channels.conftest import Connect, Serve
 from tests.kit.channels.raw import until
 from tests.kit.channels.room import Room, make_endpoint, user_id
 
-from whispr.kit.channels import Endpoint, Limits
+from whispr.kit.channels import ConnectRequest, Endpoint, Limits
 from whispr.kit.channels.metrics import stats
+from whispr.kit.errors import InvalidToken
+from whispr.kit.identity import Caller
 
 Start = Callable[..., Any]
 PATH = "/socket/longpoll"
@@ -172,13 +174,12 @@ async def test_where_a_token_may_stand(start: Start, params: dict[str, str], hea
 
 async def test_a_fallback_from_a_websocket_with_the_token_parameter(start: Start) -> None:
     endpoint, client = await start()
-    # phoenix.js appends the session's token to parameters that have a token already.
-    opened = (await client.get(f"{PATH}?token=alice&vsn=2.0.0&token=null")).json()
+    opened = (await client.get(f"{PATH}?token=alice&vsn=2.0.0")).json()
     assert opened["status"] == 410
     assert endpoint.hub.is_online(user_id("alice"))
-    beat = '["1","1","room:a","phx_join",{}]'
+    # phoenix.js appends the session's token to parameters that have a token already.
     url = f"{PATH}?token=alice&vsn=2.0.0&token={opened['token']}"
-    assert (await client.post(url, content=beat)).json() == {"status": 200}
+    assert (await client.post(url, content='["1","1","room:a","phx_join",{}]')).json() == {"status": 200}
     assert (await client.get(url)).json()["status"] == 200
 
 
@@ -201,10 +202,20 @@ async def test_refusals(start: Start, token: str, status: int) -> None:
     assert len(endpoint.hub) == 0
 
 
-async def test_the_token_of_a_session_does_not_authenticate(start: Start) -> None:
-    _, client = await start()
-    answer = await client.get(PATH, params={"vsn": "2.0.0", "token": "alice"})
+async def test_the_token_of_a_session_that_is_gone_authenticates_nobody(start: Start) -> None:
+    endpoint, client = await start()
+    session = await Session.open(client)
+    endpoint.disconnect(lambda caller: True)
+    seen: list[str | None] = []
+
+    def authenticate(request: ConnectRequest) -> Caller:
+        seen.append(request.token)
+        raise InvalidToken
+
+    endpoint._door._authenticate = authenticate
+    answer = await client.get(PATH, params={"vsn": "2.0.0", "token": session.params["token"]})
     assert answer.json() == {"status": 403}
+    assert seen == [session.params["token"]]
 
 
 async def test_unspoken_version_and_foreign_origin(start: Start) -> None:

@@ -89,7 +89,7 @@ class LongPollLink:
         self._wake()
 
     def send_binary(self, frame: bytes) -> None:
-        raise NotImplementedError("a poll's answer is JSON text; phoenix.js reads no binary frame from it")
+        raise RuntimeError("a poll's answer is JSON text; phoenix.js reads no binary frame from it")
 
     def close(self, code: int, reason: str) -> None:
         self._sessions.forget(self)
@@ -185,12 +185,12 @@ class LongPolling:
 
     def _open(self, request: Request, query: list[tuple[str, str]]) -> Response:
         params = dict(query)
-        tokens = [value for name, value in query if name == "token"]
         token = (
             request.headers.get("x-phoenix-authtoken")
             or params.get("access_token")
-            or (tokens[0] if len(tokens) > 1 else None)
             or bearer_token(request.headers)
+            # The parameters of a client that would rather have a WebSocket; its session's token comes after them.
+            or next((value for name, value in query if name == "token"), None)
         )
         connect = ConnectRequest("longpoll", params, request.headers, token)
         caller, serializer = self._door.admit(connect)
