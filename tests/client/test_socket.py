@@ -152,7 +152,7 @@ async def test_a_join_refused_for_good_ends_the_channel_and_a_passing_one_does_n
             await client.channel.push("say", {})
         assert refused.value.code == "forbidden"
         assert len(client.closed) == 1
-        with pytest.raises(Unreachable):
+        with pytest.raises(JoinRefused):
             await client.channel.push("say", {})
 
 
