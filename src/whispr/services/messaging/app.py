@@ -4,44 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
-from uuid import UUID
 
 import whispr
 from whispr.kit.db import Database
 from whispr.kit.http import create_app
 from whispr.kit.maintenance import Maintenance
-from whispr.kit.outbox import Dispatcher
+from whispr.kit.outbox import Dispatcher, Handler
 from whispr.kit.process import Context, Service
-from whispr.kit.settings import load
+from whispr.kit.settings import load, split_bind
 from whispr.services.auth.client import AuthClient
-from whispr.services.messaging import api, jobs, rpc
-from whispr.services.messaging.models import CommittedEvent
+from whispr.services.messaging import api, channels, jobs, rpc
+from whispr.services.messaging.models import Announcement
+from whispr.services.messaging.service.announcing import Announcing, Online
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.erasure import Erasure
+from whispr.services.messaging.service.events import EventBus
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.housekeeping import Housekeeping
+from whispr.services.messaging.service.last_seen import LastSeen
 from whispr.services.messaging.service.members import Members
+from whispr.services.messaging.service.opening import Openings
+from whispr.services.messaging.service.outdated import Outdated
+from whispr.services.messaging.service.pace import Pace
 from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.status import Status
 from whispr.services.messaging.service.structure import Structure
+from whispr.services.messaging.service.visibility import Visibility
 from whispr.services.messaging.settings import MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
+from whispr.services.notification.client import Event, NotificationClient
 from whispr.services.user.client import UserClient
-
-
-class _Bus:
-    def publish(self, events: Sequence[CommittedEvent]) -> None:
-        del events
-
-    def notice(self, user_ids: Sequence[UUID], event: str, payload: dict[str, Any]) -> None:
-        del user_ids, event, payload
 
 
 async def build(context: Context) -> Service:
@@ -63,7 +61,8 @@ async def build(context: Context) -> Service:
     read_receipts = ReadReceipts(user, context.cache, clock)
     history = History(database)
     receipts = Receipts(database, clock)
-    bus = _Bus()
+    bus = EventBus(context.cache, history)
+    bus.on_structure(directory.invalidate)
     dispatcher = Dispatcher(database, clock, {}, batch=20, ttl=timedelta(hours=settings.outbox_hours))
     structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
     members = Members(structure, read_receipts)
@@ -77,43 +76,127 @@ async def build(context: Context) -> Service:
     sending_database = Database(
         settings.database_url, pool_size=2, application_name="whispr-messaging-sending", settings=PLANNER
     )
+    devices = Devices(auth, clock)
+    contact = Contact(user, clock)
+    is_limited = context.common.rate_limits == "on"
     sending = Sending(
         sending_database,
         clock,
         directory,
-        Devices(auth, clock),
-        Contact(user, clock),
-        SignatureChecker(2),
+        devices,
+        contact,
+        SignatureChecker(settings.signature_threads),
         bus.publish,
-        lambda: None,
+        bus.suspect,
+        pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
     )
+    rooms = channels.Rooms(bus)
+    whereabouts = channels.Whereabouts(context.cache, clock, Visibility(user, clock), LastSeen(context.cache))
+    typists = channels.Typists(rooms, bus, directory, contact, clock)
+    channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
+    desk = channels.Desk(
+        clock,
+        rooms,
+        sending,
+        history,
+        Openings(database, directory, history, read_receipts),
+        receipts,
+        devices,
+        typists,
+        whereabouts,
+        reads=Pace(clock, rate=settings.read_rate, burst=settings.read_burst) if is_limited else None,
+    )
+    endpoint = channels.build_endpoint(
+        identity, desk, bus, clock, max_sockets=settings.max_sockets, max_channels=settings.max_channels
+    )
+    outdated = Outdated(context.cache, devices, contact, whereabouts.changed)
+    ports: dict[str, int] = {}
     maintenance = Maintenance(database, log_retention=housekeeping.run_once)
 
     async def start() -> None:
         directory.start()
         read_receipts.start()
+        bus.start()
+        outdated.start()
+        host, port = split_bind(settings.socket_bind)
+        ports["socket"] = await endpoint.listen(host, port)
+
+    async def drain() -> None:
+        await endpoint.drain(min(5.0, context.common.shutdown_seconds / 2), 2.0)
+
+    http = create_app(
+        title="Whispr messaging service",
+        description="Conversations, their members, messages and receipts.",
+        version=whispr.__version__,
+        routers=[
+            api.build_router(
+                conversations=conversations,
+                members=members,
+                directory=directory,
+                history=history,
+                receipts=receipts,
+                status=Status(database, read_receipts),
+                sending=sending,
+            )
+        ],
+        identity=identity,
+    )
+    http.router.routes.extend(endpoint.longpoll_routes())
 
     return Service(
         name="messaging",
-        http=create_app(
-            title="Whispr messaging service",
-            description="Conversations, their members, messages and receipts.",
-            version=whispr.__version__,
-            routers=[
-                api.build_router(
-                    conversations=conversations,
-                    members=members,
-                    directory=directory,
-                    history=history,
-                    receipts=receipts,
-                    status=Status(database, read_receipts),
-                    sending=sending,
-                )
-            ],
-            identity=identity,
-        ),
+        http=http,
         rpc=[rpc.register(Erasure(structure)), maintenance.register],
-        loops={**jobs.loops(dispatcher, receipts, housekeeping), "sending": sending.run},
+        loops={
+            **jobs.loops(dispatcher, receipts, housekeeping),
+            "sending": sending.run,
+            "events": bus.run,
+            "typing": typists.run,
+            "presence": whereabouts.presence.run,
+            "visibility": whereabouts.run,
+        },
         on_start=[sending_database.open, start],
-        on_stop=[sending_database.close, receipts.flush, sending.drain],
+        on_drain=[drain],
+        on_stop=[
+            sending_database.close,
+            bus.close,
+            whereabouts.presence.close,
+            receipts.flush,
+            sending.drain,
+        ],
+        ports=ports,
     )
+
+
+class Announcer:
+    """Puts messaging's announcements into notification's words."""
+
+    def __init__(self, notification: NotificationClient) -> None:
+        self._notification = notification
+
+    async def publish(self, announcements: Sequence[Announcement]) -> None:
+        """Hand over announcements; the same one twice is told once."""
+        await self._notification.publish_events(
+            [
+                Event(
+                    event_id=item.event_id,
+                    type="message" if item.message_id is not None else "group",
+                    name=item.name,
+                    conversation_id=item.conversation_id,
+                    conversation_type=item.conversation_type.value,
+                    message_id=item.message_id,
+                    sender_id=item.sender_id,
+                    recipient_ids=item.recipient_ids,
+                    occurred_at=item.occurred_at,
+                )
+                for item in announcements
+            ]
+        )
+
+
+def _announcing(context: Context, database: Database, online: Online) -> dict[str, Handler]:
+    # Where notification does not run, nobody handles its topics: the rows wait out their time.
+    channel = context.channel("notification")
+    if channel is None:
+        return {}
+    return Announcing(database, Announcer(NotificationClient(channel)), online).handlers()

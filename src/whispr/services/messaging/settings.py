@@ -14,6 +14,15 @@ class MessagingSettings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="WHISPR_MESSAGING_", extra="ignore")
 
     socket_bind: str = "127.0.0.1:0"
+    max_sockets: int = Field(default=20_000, ge=1, description="Of this process.")
+    max_channels: int = Field(default=1_000, ge=1, description="Joined on one socket.")
+    message_rate: float = Field(
+        default=20, gt=0, description="Messages a second from one device, in the long run."
+    )
+    message_burst: int = Field(default=200, ge=1, description="Messages one device may send at once.")
+    read_rate: float = Field(default=20, gt=0, description="Joins and syncs a second of one device.")
+    read_burst: int = Field(default=1_000, ge=1, description="Joins and syncs of one device at once.")
+    signature_threads: int = Field(default=2, ge=1, le=16)
     cached_conversations: int = Field(default=20_000, ge=1)
     cached_members: int = Field(default=500_000, ge=1, description="Over all cached conversations.")
     receipt_detail_days: int = Field(

@@ -66,6 +66,10 @@ class Contact:
         """A relation of `user_id` is not what it was."""
         self._reasons.forget(lambda pair: user_id in pair)
 
+    def forget_all(self) -> None:
+        """No relation is to be relied on."""
+        self._reasons.expire()
+
     async def _fetch(self, pairs: list[Pair]) -> dict[Pair, str]:
         by_sender: defaultdict[UUID, list[UUID]] = defaultdict(list)
         for sender_id, recipient_id in pairs:

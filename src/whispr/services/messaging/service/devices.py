@@ -64,6 +64,10 @@ class Devices:
         """The list of `user_id` is not what it was."""
         self._known.forget_key(user_id)
 
+    def forget_all(self) -> None:
+        """Nobody's list is to be relied on."""
+        self._known.expire()
+
     async def _fetch(self, user_ids: list[UUID]) -> dict[UUID, KnownDevices]:
         lists = await self._source.get_user_devices(user_ids)
         # A person without any device (deleted, or all removed) is known to have none, and not asked for each time.

@@ -107,6 +107,13 @@ class ReadThrough(Generic[K, V]):
         if key in self._loading:
             self._outdated.add(key)
 
+    def expire(self) -> None:
+        """Ask for everything anew; what is at hand only serves its grace."""
+        now = self._clock.time()
+        for entry in self._entries.values():
+            entry.expires_at = min(entry.expires_at, now)
+        self._outdated.update(self._loading)
+
     def _is_due(self, key: K, now: float, again: bool) -> bool:
         entry = self._entries.get(key)
         if entry is None or now >= entry.expires_at:

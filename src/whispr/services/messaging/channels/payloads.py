@@ -1,0 +1,71 @@
+"""What clients push and how it is decoded: strict types, bounded, unknown fields ignored."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+import msgspec
+
+from whispr.services.messaging.service.opening import Cursor
+
+_Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class NewMessage(msgspec.Struct):
+    """`new_message`, as `POST /messages` without the conversation."""
+
+    client_id: UUID
+    message_type: str
+    content: msgspec.Raw
+    signature: bytes
+    reply_to_id: UUID | None = None
+    media_ids: Annotated[tuple[UUID, ...], msgspec.Meta(max_length=100)] | None = None
+    expires_in: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    send_at: datetime | None = None
+
+
+class Ack(msgspec.Struct):
+    """The reply to `new_message`."""
+
+    id: UUID
+    seq: int
+    sent_at: datetime
+    duplicate: bool
+
+
+class Mark(msgspec.Struct):
+    """`mark_as_delivered`, `mark_as_read`."""
+
+    seq: _Seq
+
+
+class Typing(msgspec.Struct):
+    """`typing`."""
+
+    state: Literal["start", "stop"]
+
+
+class Sync(msgspec.Struct):
+    """`sync`: events with `after_seq < seq <= until_seq`."""
+
+    after_seq: _Seq
+    until_seq: _Seq | None = None
+
+
+class _Join(msgspec.Struct):
+    cursor: Cursor | None = None
+
+
+decode_new_message = msgspec.json.Decoder(NewMessage).decode
+decode_mark = msgspec.json.Decoder(Mark).decode
+decode_typing = msgspec.json.Decoder(Typing).decode
+decode_sync = msgspec.json.Decoder(Sync).decode
+
+encode = msgspec.json.Encoder().encode
+
+
+def cursor_of(params: dict[str, Any]) -> Cursor | None:
+    """The cursor among a join's parameters. Raises `msgspec.ValidationError`."""
+    return msgspec.convert(params, _Join).cursor

@@ -1,0 +1,135 @@
+"""Who is shown as present to whom: the kit's presence, seen through people's privacy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from typing import Any, Final
+from uuid import UUID
+
+from whispr.kit.cache import Cache
+from whispr.kit.channels import Channel, Presence
+from whispr.kit.clock import Clock
+from whispr.kit.identity import Caller
+from whispr.services.messaging.service.last_seen import LastSeen
+from whispr.services.messaging.service.opening import SMALL_GROUP
+from whispr.services.messaging.service.visibility import View, Visibility
+
+_REFRESH_SECONDS: Final = 60.0
+
+
+class Watch:
+    """A channel that follows presence, and what its viewer may see."""
+
+    __slots__ = ("channel", "topics", "view")
+
+    def __init__(self, channel: Channel, view: View, topics: tuple[str, ...] | None) -> None:
+        self.channel = channel
+        self.view = view
+        self.topics = topics
+
+
+class Whereabouts:
+    """Presence of people (topic `user:ID`) and of open conversations (topic `conversation:ID`).
+
+    A viewer's `presence_state` is pushed anew when relations or privacy change. `run()` is the supervised loop that makes
+    good what a lost hint would have changed.
+    """
+
+    def __init__(self, cache: Cache, clock: Clock, visibility: Visibility, last_seen: LastSeen) -> None:
+        self.presence = Presence(
+            cache, clock, cap=SMALL_GROUP, visible=self._may_see, on_offline=self._went_offline
+        )
+        self._visibility = visibility
+        self._last_seen = last_seen
+        self._watches: dict[Channel, Watch] = {}
+        self._by_viewer: dict[UUID, set[Watch]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def enter(self, channel: Channel, topic: str, meta: dict[str, Any]) -> None:
+        """The channel's person is present on `topic` while the channel lives."""
+        self.presence.track(topic, str(channel.socket.caller.user_id), channel, meta)
+
+    async def watch_contacts(self, channel: Channel) -> None:
+        """Tell the channel of its person's contacts."""
+        await self._watch(channel, None, None)
+
+    async def watch_members(self, channel: Channel, topic: str, members: Iterable[UUID]) -> None:
+        """Tell the channel who else has the conversation open."""
+        await self._watch(channel, frozenset(members), (topic,))
+
+    def leave(self, channel: Channel) -> None:
+        """The channel is gone."""
+        self.presence.untrack(channel)
+        self.presence.unfollow(channel)
+        watch = self._watches.pop(channel, None)
+        if watch is not None:
+            watches = self._by_viewer[watch.view.viewer_id]
+            watches.discard(watch)
+            if not watches:
+                del self._by_viewer[watch.view.viewer_id]
+
+    def changed(self, user_id: UUID) -> None:
+        """Relations or privacy of `user_id` are not what they were."""
+        for watch in tuple(self._watches.values()):
+            if watch.view.concerns(user_id):
+                self._hold(self._review(watch))
+
+    def joined(self, channel: Channel, user_id: UUID) -> None:
+        """`user_id` has become a member of the conversation that `channel` watches."""
+        watch = self._watches.get(channel)
+        if watch is not None and watch.view.subjects is not None and user_id not in watch.view.subjects:
+            watch.view.subjects |= {user_id}
+            self._hold(self._review(watch))
+
+    async def run(self) -> None:
+        """Review what has not been reviewed for long, for ever."""
+        while True:
+            await asyncio.sleep(_REFRESH_SECONDS)
+            for watch in tuple(self._watches.values()):
+                if self._visibility.is_due(watch.view):
+                    await self._review(watch)
+
+    async def _watch(
+        self, channel: Channel, subjects: frozenset[UUID] | None, topics: tuple[str, ...] | None
+    ) -> None:
+        view = View(channel.socket.caller.user_id, subjects)
+        await self._visibility.refresh(view)
+        if channel.closed:
+            return
+        watch = self._watches[channel] = Watch(channel, view, topics)
+        self._by_viewer.setdefault(view.viewer_id, set()).add(watch)
+        await self._show(watch)
+
+    async def _review(self, watch: Watch) -> None:
+        if await self._visibility.refresh(watch.view) and self._watches.get(watch.channel) is watch:
+            await self._show(watch)
+
+    async def _show(self, watch: Watch) -> None:
+        view = watch.view
+        topics = watch.topics or [f"user:{user_id}" for user_id in sorted(view.online)]
+        await self.presence.follow(watch.channel, topics)
+        absent = await self._absent(view)
+        if absent and not watch.channel.closed:
+            watch.channel.push("last_seen", {"users": absent})
+
+    async def _absent(self, view: View) -> dict[str, Any]:
+        curious = sorted(view.last_seen)[:SMALL_GROUP]
+        online = await self.presence.online(user_id for user_id in curious if user_id in view.online)
+        times = await self._last_seen.of([user_id for user_id in curious if user_id not in online])
+        return {str(user_id): at for user_id, at in times.items()}
+
+    def _may_see(self, viewer: Caller, key: str) -> bool:
+        subject = UUID(key)
+        return subject == viewer.user_id or any(
+            subject in watch.view.online for watch in self._by_viewer.get(viewer.user_id, ())
+        )
+
+    def _went_offline(self, topic: str, key: str, at: float) -> None:
+        if topic == f"user:{key}":
+            self._hold(self._last_seen.note(UUID(key), at))
+
+    def _hold(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,469 @@
+"""From a commit to the sockets of every node, each event once and in order, whatever is lost on the way.
+
+Valkey carries hints. A node keeps, for each conversation it serves, the number of the last event it delivered: what it has
+is dropped, what is ahead waits, and a hole is read from PostgreSQL. Heads are compared with PostgreSQL every few seconds
+and whenever hints may have been missed, so that a loss is a delay and never a hole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any, Final, Protocol
+from uuid import UUID
+
+import msgspec
+
+from whispr.kit.cache import LOST_CACHE, Cache
+from whispr.kit.errors import Failure
+from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.models import CommittedEvent, Content
+
+log = get_logger(__name__)
+
+SHARDS: Final = 64
+NOTICES: Final = "user:notices"
+
+COMPARE_SECONDS: Final = 10.0
+
+# Events of two nodes cross on the way. Only a hole that stays is worth a query.
+HOLE_SECONDS: Final = 0.03
+
+_RETRY_SECONDS: Final = 0.5
+_COMPARE_CHUNK: Final = 1_000
+_FILL_PAGE: Final = 200
+_MAX_FILLS: Final = 3
+_MAX_HELD: Final = 1_000
+_MAX_OUTGOING: Final = 20_000
+_NODE_BYTES: Final = 8
+
+Sink = Callable[[UUID, list[CommittedEvent]], None]
+HintSink = Callable[[UUID, str, bytes], None]
+NoticeSink = Callable[[UUID, UUID | None, str, msgspec.Raw], None]
+
+
+class Log(Protocol):
+    """The truth: the conversations' logs in PostgreSQL."""
+
+    async def log(
+        self, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
+    ) -> list[CommittedEvent]:
+        """Events with `after_seq < seq <= until_seq`, the first `limit` of them."""
+
+    async def heads(self, conversation_ids: list[UUID]) -> dict[UUID, int]:
+        """The newest `seq` of each conversation."""
+
+
+class _Event(msgspec.Struct, array_like=True, gc=False):
+    conversation: bytes
+    seq: int
+    event: str
+    payload: bytes
+    shared: bytes | None
+    envelopes: dict[bytes, bytes] | None
+
+
+class _Hint(msgspec.Struct, array_like=True, gc=False):
+    conversation: bytes
+    kind: str
+    body: bytes
+
+
+class _Batch(msgspec.Struct, array_like=True):
+    events: list[_Event]
+    hints: list[_Hint]
+
+
+class _Notice(msgspec.Struct):
+    event: str
+    payload: msgspec.Raw
+    user_id: UUID | None = None
+    user_ids: list[UUID] = []
+    device_id: UUID | None = None
+    node: str = ""
+
+
+class _Feed:
+    """A served conversation. `head`: the last event delivered, None until the first join has read it. `known`: the newest
+    one heard of."""
+
+    __slots__ = ("filling", "head", "held", "known", "timer")
+
+    def __init__(self) -> None:
+        self.head: int | None = None
+        self.known = 0
+        self.held: dict[int, CommittedEvent] = {}
+        self.timer: asyncio.TimerHandle | None = None
+        self.filling = False
+
+
+class EventBus:
+    """`run()` is the supervised loop. The sinks are called on the event loop and must not block."""
+
+    def __init__(self, cache: Cache, log_reader: Log) -> None:
+        self._cache = cache
+        self._log = log_reader
+        self._node = secrets.token_bytes(_NODE_BYTES)
+        self._feeds: dict[UUID, _Feed] = {}
+        self._shards: dict[int, int] = {}
+        self._unproven: set[int] = set()
+        self._outgoing: dict[int, _Batch] = {}
+        self._outgoing_size = 0
+        self._notices: list[bytes] = []
+        self._publisher: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fills = asyncio.Semaphore(_MAX_FILLS)
+        self._compare_now = asyncio.Event()
+        self._all_suspect = False
+        self._sinks: list[Sink] = []
+        self._structure_sinks: list[Callable[[UUID], None]] = []
+        self._hint_sinks: list[HintSink] = []
+        self._notice_sinks: list[NoticeSink] = []
+
+    def start(self) -> None:
+        """Listen for notices, and for losses of Valkey."""
+        self._cache.subscribe(NOTICES, self._hear_notice)
+        self._cache.on_reconnect(self.suspect)
+
+    def on_events(self, sink: Sink) -> None:
+        """Call `sink` with the next events of a served conversation: dense, in order, each once."""
+        self._sinks.append(sink)
+
+    def on_structure(self, sink: Callable[[UUID], None]) -> None:
+        """Call `sink` before an event other than a message is delivered: members or state may have changed."""
+        self._structure_sinks.append(sink)
+
+    def on_hint(self, sink: HintSink) -> None:
+        """Call `sink` with (conversation, kind, body) of other nodes' hints about served conversations."""
+        self._hint_sinks.append(sink)
+
+    def on_notice(self, sink: NoticeSink) -> None:
+        """Call `sink` with (user, device or None for all, event, payload) of notices from here and everywhere."""
+        self._notice_sinks.append(sink)
+
+    # Serving conversations.
+
+    def serve(self, conversation_id: UUID) -> None:
+        """Deliver the conversation here from now on. Events are held until `settle` says where it begins."""
+        if conversation_id in self._feeds:
+            return
+        self._feeds[conversation_id] = _Feed()
+        shard = conversation_id.int % SHARDS
+        count = self._shards.get(shard)
+        self._shards[shard] = (count or 0) + 1
+        if count is None:
+            # Hints of the moment before the subscription stands are missed.
+            self._unproven.add(shard)
+            self._cache.subscribe(_channel(shard), self._hear)
+            self._compare_now.set()
+
+    def settle(self, conversation_id: UUID, head: int) -> None:
+        """Events up to `head` have been read by the first join; deliver what comes after. Later calls do nothing."""
+        feed = self._feeds.get(conversation_id)
+        if feed is None or feed.head is not None:
+            return
+        feed.head = head
+        held = [feed.held.pop(seq) for seq in sorted(feed.held)]
+        self._advance(conversation_id, feed, held)
+
+    def release(self, conversation_id: UUID) -> None:
+        """Nobody here listens to the conversation any more."""
+        feed = self._feeds.pop(conversation_id, None)
+        if feed is None:
+            return
+        if feed.timer is not None:
+            feed.timer.cancel()
+        # The subscription is left later, by `run`: a client that reconnects would only make it anew.
+        self._shards[conversation_id.int % SHARDS] -= 1
+
+    # Telling.
+
+    def publish(self, events: Sequence[CommittedEvent]) -> None:
+        """Deliver committed events here and tell the other nodes. Sync, never fails."""
+        by_conversation: dict[UUID, list[CommittedEvent]] = {}
+        for event in events:
+            by_conversation.setdefault(event.conversation_id, []).append(event)
+        for conversation_id, group in by_conversation.items():
+            self._take(conversation_id, group)
+            if self._outgoing_size < _MAX_OUTGOING:
+                batch = self._batch(conversation_id)
+                batch.events += map(_pack, group)
+                self._outgoing_size += len(group)
+        self._send()
+
+    def hint(self, conversation_id: UUID, kind: str, body: bytes) -> None:
+        """Tell the other nodes something about a conversation that may be lost."""
+        if self._outgoing_size < _MAX_OUTGOING:
+            self._batch(conversation_id).hints.append(_Hint(conversation_id.bytes, kind, body))
+            self._outgoing_size += 1
+            self._send()
+
+    def notice(
+        self, user_ids: Sequence[UUID], event: str, payload: Any, *, device_id: UUID | None = None
+    ) -> None:
+        """Push `event` on people's own channels, on every node. Sync, never fails; not durable."""
+        raw = payload if isinstance(payload, msgspec.Raw) else msgspec.Raw(msgspec.json.encode(payload))
+        for user_id in user_ids:
+            self._deliver_notice(user_id, device_id, event, raw)
+        if user_ids and len(self._notices) < _MAX_OUTGOING:
+            notice = _Notice(
+                event=event, payload=raw, user_ids=list(user_ids), device_id=device_id, node=self._node.hex()
+            )
+            self._notices.append(msgspec.json.encode(notice))
+            self._send()
+
+    def suspect(self) -> None:
+        """Hints may have been missed: compare every served conversation with PostgreSQL soon."""
+        self._all_suspect = True
+        self._compare_now.set()
+
+    async def run(self) -> None:
+        """Compare heads, for ever: all of them every `COMPARE_SECONDS`, some sooner when there is a reason."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + COMPARE_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout_at(due):
+                    await self._compare_now.wait()
+            except TimeoutError:
+                self._all_suspect = True
+            self._compare_now.clear()
+            if self._all_suspect:
+                self._leave_idle_shards()
+                due = loop.time() + COMPARE_SECONDS
+            try:
+                await self._compare()
+            except Failure as failure:
+                log.warning("compare_failed", code=failure.code)
+                loop.call_later(_RETRY_SECONDS, self._compare_now.set)
+
+    async def close(self) -> None:
+        """Send what waits to be sent."""
+        while self._publisher is not None:
+            await asyncio.wait([self._publisher])
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    # Taking events in.
+
+    def _take(self, conversation_id: UUID, events: Sequence[CommittedEvent]) -> None:
+        for event in events:
+            if event.event != "new_message":
+                for sink in self._structure_sinks:
+                    sink(conversation_id)
+                break
+        feed = self._feeds.get(conversation_id)
+        if feed is not None:
+            self._advance(conversation_id, feed, events)
+
+    def _advance(self, conversation_id: UUID, feed: _Feed, events: Iterable[CommittedEvent]) -> None:
+        """Deliver what comes next, hold what is ahead, drop what is past."""
+        held = feed.held
+        ready: list[CommittedEvent] = []
+        head = feed.head
+        for event in events:
+            seq = event.seq
+            if head is not None and seq == head + 1:
+                ready.append(event)
+                head = seq
+            elif head is None or seq > head:
+                feed.known = max(feed.known, seq)
+                if len(held) < _MAX_HELD:
+                    held[seq] = event
+        if head is None:
+            return
+        while held and (following := held.pop(head + 1, None)) is not None:
+            ready.append(following)
+            head += 1
+        feed.head = head
+        feed.known = max(feed.known, head)
+        if feed.known > head:
+            self._watch_hole(conversation_id, feed)
+        for sink in self._sinks if ready else ():
+            try:
+                sink(conversation_id, ready)
+            except Exception:
+                log.exception("event_sink_failed")
+
+    def _watch_hole(self, conversation_id: UUID, feed: _Feed) -> None:
+        head = feed.head or 0
+        for seq in [seq for seq in feed.held if seq <= head]:
+            del feed.held[seq]
+        if feed.timer is None and not feed.filling:
+            loop = asyncio.get_running_loop()
+            feed.timer = loop.call_later(HOLE_SECONDS, self._start_fill, conversation_id, feed)
+
+    def _start_fill(self, conversation_id: UUID, feed: _Feed) -> None:
+        feed.timer = None
+        if feed.head is not None and feed.known > feed.head and not feed.filling:
+            feed.filling = True
+            self._hold(self._fill(conversation_id, feed))
+
+    async def _fill(self, conversation_id: UUID, feed: _Feed) -> None:
+        """Read the hole, and whatever else came meanwhile, from PostgreSQL."""
+        try:
+            async with self._fills:
+                while (
+                    self._feeds.get(conversation_id) is feed
+                    and feed.head is not None
+                    and feed.known > feed.head
+                ):
+                    until = feed.known
+                    events = await self._log.log(conversation_id, feed.head, until, _FILL_PAGE)
+                    if not events:
+                        log.error("log_has_a_hole", after=feed.head, until=until)
+                        feed.known = feed.head
+                        return
+                    self._advance(conversation_id, feed, events)
+        except Failure as failure:
+            log.warning("fill_failed", code=failure.code)
+            asyncio.get_running_loop().call_later(_RETRY_SECONDS, self.suspect)
+        finally:
+            feed.filling = False
+
+    # Comparing with PostgreSQL.
+
+    async def _compare(self) -> None:
+        everything, self._all_suspect = self._all_suspect, False
+        standing = {shard for shard in self._unproven if _channel(shard) in self._cache.subscribed}
+        if not everything and not standing:
+            if self._unproven:
+                asyncio.get_running_loop().call_later(0.05, self._compare_now.set)
+            return
+        self._unproven -= standing
+        suspects = [
+            conversation_id
+            for conversation_id, feed in self._feeds.items()
+            if feed.head is not None and (everything or conversation_id.int % SHARDS in standing)
+        ]
+        try:
+            for start in range(0, len(suspects), _COMPARE_CHUNK):
+                heads = await self._log.heads(suspects[start : start + _COMPARE_CHUNK])
+                for conversation_id, head in heads.items():
+                    feed = self._feeds.get(conversation_id)
+                    if feed is not None and feed.head is not None and head > feed.head:
+                        feed.known = max(feed.known, head)
+                        self._start_fill(conversation_id, feed)
+        except Failure:
+            self._all_suspect = True
+            raise
+        if self._unproven:
+            asyncio.get_running_loop().call_later(0.05, self._compare_now.set)
+
+    def _leave_idle_shards(self) -> None:
+        for shard in [shard for shard, count in self._shards.items() if count == 0]:
+            del self._shards[shard]
+            self._unproven.discard(shard)
+            self._cache.unsubscribe(_channel(shard), self._hear)
+
+    # Between nodes.
+
+    def _batch(self, conversation_id: UUID) -> _Batch:
+        shard = conversation_id.int % SHARDS
+        batch = self._outgoing.get(shard)
+        if batch is None:
+            batch = self._outgoing[shard] = _Batch([], [])
+        return batch
+
+    def _send(self) -> None:
+        if self._publisher is None:
+            self._publisher = asyncio.get_running_loop().create_task(self._publish_waiting())
+
+    async def _publish_waiting(self) -> None:
+        """Publish what has gathered, one message a shard, until nothing has gathered meanwhile."""
+        try:
+            while self._outgoing or self._notices:
+                outgoing, self._outgoing = self._outgoing, {}
+                notices, self._notices = self._notices, []
+                self._outgoing_size = 0
+                pipeline = self._cache.client.pipeline(transaction=False)
+                for shard, batch in outgoing.items():
+                    pipeline.publish(_channel(shard), self._node + _encode_batch(batch))
+                for notice in notices:
+                    pipeline.publish(NOTICES, notice)
+                try:
+                    await pipeline.execute()
+                except LOST_CACHE as error:
+                    # The other nodes find out by comparing.
+                    log.warning("publish_lost", error=type(error).__name__, shards=len(outgoing))
+        finally:
+            self._publisher = None
+
+    def _hear(self, data: bytes) -> None:
+        if data.startswith(self._node):
+            return
+        try:
+            batch = _decode_batch(memoryview(data)[_NODE_BYTES:])
+        except msgspec.MsgspecError:
+            log.warning("shard_message_unreadable", size=len(data))
+            self.suspect()
+            return
+        groups: dict[bytes, list[CommittedEvent]] = {}
+        for packed in batch.events:
+            groups.setdefault(packed.conversation, []).append(_unpack(packed))
+        for key, events in groups.items():
+            self._take(UUID(bytes=key), events)
+        for hint in batch.hints:
+            conversation_id = UUID(bytes=hint.conversation)
+            if conversation_id in self._feeds:
+                for sink in self._hint_sinks:
+                    sink(conversation_id, hint.kind, hint.body)
+
+    def _hear_notice(self, data: bytes) -> None:
+        try:
+            notice = _decode_notice(data)
+        except msgspec.MsgspecError:
+            log.warning("notice_unreadable", size=len(data))
+            return
+        if notice.node == self._node.hex():
+            return
+        people = notice.user_ids if notice.user_id is None else [notice.user_id, *notice.user_ids]
+        for user_id in people:
+            self._deliver_notice(user_id, notice.device_id, notice.event, notice.payload)
+
+    def _deliver_notice(
+        self, user_id: UUID, device_id: UUID | None, event: str, payload: msgspec.Raw
+    ) -> None:
+        for sink in self._notice_sinks:
+            sink(user_id, device_id, event, payload)
+
+    def _hold(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+_encode_batch = msgspec.msgpack.Encoder().encode
+_decode_batch = msgspec.msgpack.Decoder(_Batch).decode
+_decode_notice = msgspec.json.Decoder(_Notice).decode
+
+
+def _channel(shard: int) -> str:
+    return f"messaging:shard:{shard}"
+
+
+def _pack(event: CommittedEvent) -> _Event:
+    content = event.content
+    if content is None:
+        return _Event(event.conversation_id.bytes, event.seq, event.event, event.payload, None, None)
+    envelopes = content.envelopes
+    return _Event(
+        event.conversation_id.bytes,
+        event.seq,
+        event.event,
+        event.payload,
+        content.shared,
+        None if envelopes is None else {device.bytes: body for device, body in envelopes.items()},
+    )
+
+
+def _unpack(packed: _Event) -> CommittedEvent:
+    content = None
+    if packed.shared is not None or packed.envelopes is not None:
+        envelopes = packed.envelopes
+        content = Content(
+            packed.shared,
+            None if envelopes is None else {UUID(bytes=device): body for device, body in envelopes.items()},
+        )
+    return CommittedEvent(UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content)

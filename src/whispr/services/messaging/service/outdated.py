@@ -1,0 +1,53 @@
+"""Hints that what is remembered of people is out of date."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from uuid import UUID
+
+import msgspec
+
+from whispr.kit.cache import Cache
+from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.service.contact import Contact
+from whispr.services.messaging.service.devices import Devices
+from whispr.services.messaging.service.directory import HINTS
+
+log = get_logger(__name__)
+
+
+class _Hint(msgspec.Struct):
+    kind: str
+    user_id: UUID | None = None
+
+
+class Outdated:
+    """Forgets devices and relations when auth or user say so; `on_shown` is told whose presence may show otherwise."""
+
+    def __init__(
+        self, cache: Cache, devices: Devices, contact: Contact, on_shown: Callable[[UUID], None]
+    ) -> None:
+        self._cache = cache
+        self._devices = devices
+        self._contact = contact
+        self._on_shown = on_shown
+
+    def start(self) -> None:
+        """Listen. After a loss of Valkey everything is forgotten: hints were missed."""
+        self._cache.subscribe(HINTS, self._hear)
+        self._cache.on_reconnect(self._devices.forget_all)
+        self._cache.on_reconnect(self._contact.forget_all)
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            hint = msgspec.json.decode(data, type=_Hint)
+        except msgspec.MsgspecError:
+            # Directory listens to the same channel and has said so.
+            return
+        if hint.user_id is None:
+            return
+        if hint.kind == "devices":
+            self._devices.changed(hint.user_id)
+        elif hint.kind in ("relations", "profile"):
+            self._contact.changed(hint.user_id)
+            self._on_shown(hint.user_id)
