@@ -67,9 +67,17 @@ class Door:
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
 
-    def draft(self, conversation_id: str, text: str = "hello", **changes: Any) -> dict[str, Any]:
+    def draft(
+        self,
+        conversation_id: str,
+        text: str = "hello",
+        *,
+        content: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> dict[str, Any]:
         client_id = str(uuid4())
-        content = changes.pop("content", {"ciphertext": b64(text.encode())})
+        if content is None:
+            content = {"ciphertext": b64(text.encode())}
         return {
             "conversation_id": conversation_id,
             "client_id": client_id,

@@ -103,7 +103,7 @@ async def test_sending_again_answers_the_first_message(stack: Stack) -> None:
 async def test_bad_messages_are_refused(stack: Stack, change: dict[str, Any], status: int, code: str) -> None:
     ann, _, direct = await pair(stack)
     content = change.get("content")
-    draft = ann.draft(direct, **({"content": content} if isinstance(content, dict) else {}))
+    draft = ann.draft(direct, content=content if isinstance(content, dict) else None)
     answer = await ann.post("/messages", {**draft, **change})
     assert_problem(answer, status, code)
     assert await ann.log(direct) == []
