@@ -440,6 +440,14 @@ async def test_a_synchronous_look_at_a_new_key_brings_it_soon(
         assert world.identity.verify(token).user_id == USER
 
 
+async def test_made_up_key_ids_do_not_hold_up_the_refresh(valkey_url: str) -> None:
+    async with a_world(valkey_url, jwks_interval=0.01, running=True) as world:
+        await eventually(lambda: world.auth.jwks_calls >= 3)
+        refused(world, world.token("made-up"))
+        calls = world.auth.jwks_calls
+        await eventually(lambda: world.auth.jwks_calls >= calls + 3, 1.0)
+
+
 async def test_made_up_key_ids_do_not_flood_auth(world: World) -> None:
     calls = world.auth.jwks_calls
     tokens = [world.token(f"made-up-{n}") for n in range(50)]

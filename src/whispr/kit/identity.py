@@ -365,7 +365,7 @@ class Identity:
 async def _repeat(
     step: Callable[[], Awaitable[bool]], wanted: asyncio.Event, interval: float, *, spacing: float
 ) -> None:
-    """Run `step` every `interval` seconds; sooner when `wanted` is set or the last run failed, never within `spacing`."""
+    """Run `step` every `interval` seconds; sooner, but for `spacing`, when `wanted` is set or the last run failed."""
     loop = asyncio.get_running_loop()
     failures, last = 0, float("-inf")
     while True:
@@ -376,7 +376,7 @@ async def _repeat(
         except TimeoutError:
             pass
         else:
-            await asyncio.sleep(max(0.0, last + spacing - loop.time()))
+            await asyncio.sleep(max(0.0, last + min(spacing, delay) - loop.time()))
         wanted.clear()
         last = loop.time()
         failures = 0 if await step() else failures + 1
