@@ -63,7 +63,14 @@ async def build(context: Context) -> Service:
     receipts = Receipts(database, clock)
     bus = EventBus(context.cache, history)
     bus.on_structure(directory.invalidate)
-    dispatcher = Dispatcher(database, clock, {}, batch=20, ttl=timedelta(hours=settings.outbox_hours))
+    whereabouts = channels.Whereabouts(context.cache, clock, Visibility(user, clock), LastSeen(context.cache))
+    dispatcher = Dispatcher(
+        database,
+        clock,
+        _announcing(context, database, whereabouts.presence),
+        batch=20,
+        ttl=timedelta(hours=settings.outbox_hours),
+    )
     structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
     members = Members(structure, read_receipts)
     conversations = Conversations(structure, members, read_receipts)
@@ -91,7 +98,6 @@ async def build(context: Context) -> Service:
         pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
     )
     rooms = channels.Rooms(bus)
-    whereabouts = channels.Whereabouts(context.cache, clock, Visibility(user, clock), LastSeen(context.cache))
     typists = channels.Typists(rooms, bus, directory, contact, clock)
     channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
     desk = channels.Desk(
