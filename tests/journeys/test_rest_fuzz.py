@@ -31,6 +31,7 @@ CHECKS = [status_code_conformance, content_type_conformance, response_schema_con
 AT_THE_DOOR = {405}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
 @pytest.mark.parametrize("service", SERVICES)

@@ -281,6 +281,31 @@ async def test_what_is_not_http_gets_no_500_and_harms_nobody(stack: Stack, servi
     assert (await stack.http.get(f"{stack.nodes[service].internal_url}/livez")).status_code == 200
 
 
+# --- long polling, which no document describes ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE", "OPTIONS"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "",
+        "vsn=2.0.0",
+        "vsn=9.9.9&token=x",
+        "token=%00",
+        "token=%ff&access_token=%00",
+        "vsn=2.0.0&token=" + "a" * 9000,
+    ],
+)
+async def test_long_polling_answers_nonsense_in_order(stack: Stack, method: str, query: str) -> None:
+    scene = await Scene.set(stack)
+    for content, content_type in BODIES.values():
+        headers = {"Content-Type": content_type} if content_type else {}
+        path = f"/socket/longpoll?{query}"
+        answer = await send(stack, "messaging", scene.person, method, path, content=content, headers=headers)
+        assert answer is not None
+        assert answer.status < 500, (method, query[:50], content[:50], answer)
+
+
 # --- good requests, spoiled in one place ------------------------------------------------------------------------------
 
 SPOILS: list[Any] = [
