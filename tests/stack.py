@@ -120,7 +120,7 @@ class Node:
 class Stack:
     """auth, user and messaging, and more messaging nodes on demand, sharing one CA, Valkey and clock."""
 
-    SERVICES = ("auth", "user", "messaging")
+    SERVICES: tuple[str, ...] = ("auth", "user", "messaging")
 
     def __init__(self, valkey_url: str, directory: Path) -> None:
         self.valkey_url = valkey_url

@@ -8,8 +8,8 @@ from typing import Any
 
 import asyncpg
 import pytest
-
 from tests.services.auth.house import AuthHouse
+
 from whispr.kit import migrate
 from whispr.kit.db import Connection
 

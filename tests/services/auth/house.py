@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 import httpx
 import msgspec
 from nacl.signing import SigningKey
-
 from tests.stack import PASSWORD, DeviceKeys, Person, Stack, b64
+
 from whispr.kit.cache import Cache, RateLimiter
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Database

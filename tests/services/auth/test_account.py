@@ -6,9 +6,9 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-
 from tests.services.auth.house import AuthHouse, caller_of, code, register, rules, until
 from tests.stack import PASSWORD, DeviceKeys
+
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection, Database
 from whispr.kit.errors import Unavailable

@@ -6,9 +6,9 @@ import asyncio
 from uuid import uuid4
 
 import pytest
-
 from tests.services.auth.house import AuthHouse, code
 from tests.stack import b64
+
 from whispr.kit.db import Connection
 from whispr.kit.errors import NotFound
 

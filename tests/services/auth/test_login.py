@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
 from uuid import uuid4
 
 import jwt
 import pytest
-
 from tests.services.auth.house import ORIGIN, AuthHouse, code, new_device, register, rules
-from tests.stack import PASSWORD, DeviceKeys
+from tests.stack import PASSWORD, DeviceKeys, Node
+
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection
 from whispr.services.auth.models import Busy
@@ -73,11 +74,16 @@ async def test_everything_wrong_has_one_answer(house: AuthHouse) -> None:
     assert all(body == bodies[0] for body in bodies)
 
 
-async def test_an_unknown_name_costs_as_much_work(house: AuthHouse) -> None:
+async def test_an_unknown_name_costs_as_much_work(monkeypatch: pytest.MonkeyPatch) -> None:
     passwords = Passwords(AuthSettings(database_url="x", argon2_time_cost=1, argon2_memory_kib=64))
-    verified = []
-    original = passwords._matches
-    passwords._matches = lambda known, password: verified.append(known) or original(known, password)  # type: ignore[method-assign,func-returns-value]
+    verified: list[str] = []
+    matches = passwords._matches
+
+    def watched(password_hash: str, password: str) -> bool:
+        verified.append(password_hash)
+        return matches(password_hash, password)
+
+    monkeypatch.setattr(passwords, "_matches", watched)
     assert not await passwords.verify(None, PASSWORD)
     assert verified[0].startswith("$argon2id$")
     passwords.close()
@@ -186,7 +192,7 @@ async def test_hashing_has_a_bounded_queue() -> None:
 
 
 @pytest.fixture
-async def limited(house: AuthHouse):  # type: ignore[no-untyped-def]
+async def limited(house: AuthHouse) -> AsyncIterator[Node]:
     """A second auth with its limits on and small."""
     changes = {
         "LOGIN_USERNAME_LIMIT": "3",
@@ -203,7 +209,7 @@ async def limited(house: AuthHouse):  # type: ignore[no-untyped-def]
         del os.environ[name]
 
 
-async def test_open_routes_are_limited(house: AuthHouse, limited) -> None:  # type: ignore[no-untyped-def]
+async def test_open_routes_are_limited(house: AuthHouse, limited: Node) -> None:
     person = await house.register()
     at = {"X-Forwarded-For": f"198.51.100.{uuid4().int % 200}"}
 

@@ -9,7 +9,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-
 from tests.services.auth.house import (
     AuthHouse,
     a_caller,
@@ -23,6 +22,7 @@ from tests.services.auth.house import (
     until,
 )
 from tests.stack import DeviceKeys, Person, b64
+
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection
 from whispr.services.auth.models import PrekeyUpload

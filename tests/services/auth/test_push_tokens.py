@@ -11,9 +11,9 @@ from uuid import uuid4
 
 import msgspec
 import pytest
-
 from tests.services.auth.house import ROOT, AuthHouse, caller_of, code, register, root_keys, rules
 from tests.stack import Person
+
 from whispr.kit import telemetry
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection, Database

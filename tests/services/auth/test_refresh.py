@@ -7,8 +7,8 @@ import base64
 from uuid import uuid4
 
 import pytest
-
 from tests.services.auth.house import AuthHouse, code, until
+
 from whispr.kit.db import Connection
 
 REUSED = (401, "refresh_reused")

@@ -9,9 +9,9 @@ from uuid import UUID, uuid4
 
 import jwt
 import pytest
-
 from tests.services.auth.house import AuthHouse, code
 from tests.stack import PASSWORD, DeviceKeys, b64
+
 from whispr.kit.db import Connection
 
 

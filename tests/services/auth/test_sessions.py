@@ -7,9 +7,9 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-
 from tests.services.auth.house import AuthHouse, code, until
 from tests.stack import PASSWORD
+
 from whispr.kit.db import Connection
 from whispr.kit.identity import Revocation
 

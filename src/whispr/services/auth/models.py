@@ -21,6 +21,8 @@ LastingKind = Literal["signed", "pq_last_resort"]
 # Where a push token stands among all: device, channel, app.
 TokenPlace = tuple[UUID, str, str]
 
+USERNAME = r"^[a-z0-9_.]{3,32}$"
+
 ROLES = ("admin", "moderator")
 
 # Every service that keeps something of a person. An account's deletion waits in the outbox for those that do not run.

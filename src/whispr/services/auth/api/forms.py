@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import core_schema
 
 from whispr.kit.http import Body
-from whispr.services.auth.models import NewDevice, OneTimeKey, Platform, PrekeyUpload, SignedKey
+from whispr.services.auth.models import USERNAME, NewDevice, OneTimeKey, Platform, PrekeyUpload, SignedKey
 
 
 class Base64:
@@ -74,7 +74,7 @@ MlKem768 = Annotated[bytes, Base64(1184)]
 Digest = Annotated[bytes, Base64(32)]
 
 KeyId = Annotated[int, Field(ge=0, le=0xFFFFFFFF, strict=True)]
-Username = Annotated[str, Field(pattern=r"^[a-z0-9_.]{3,32}$", description="3 to 32 of a-z, 0-9, _ and .")]
+Username = Annotated[str, Field(pattern=USERNAME, description="3 to 32 of a-z, 0-9, _ and .")]
 # What is asked at login is compared, not created: a name of any shape is answered like a wrong password.
 AnyUsername = Annotated[str, Field(min_length=1, max_length=256)]
 NewPassword = Annotated[str, Field(min_length=10, max_length=1024)]

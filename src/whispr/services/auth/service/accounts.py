@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from uuid import UUID
 
@@ -13,6 +14,7 @@ from whispr.kit.ids import uuid7
 from whispr.services.auth import store
 from whispr.services.auth.models import (
     ERASING_SERVICES,
+    USERNAME,
     AccountInfo,
     Subject,
     WrongPassword,
@@ -88,5 +90,7 @@ class Accounts:
 
     async def info(self, user_ids: Sequence[UUID], username: str | None) -> list[AccountInfo]:
         """Accounts by id, or the living one with this exact name; unknown ones are left out."""
+        # PostgreSQL refuses to compare what no username can be, such as NUL.
+        name = username if username is not None and re.match(USERNAME, username) else None
         async with self._db.connection() as connection:
-            return await store.accounts.info(connection, user_ids, username)
+            return await store.accounts.info(connection, user_ids, name)
