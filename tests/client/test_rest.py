@@ -48,7 +48,9 @@ class Server:
         self.answers = list(answers)
         self.requests: list[httpx.Request] = []
         self.refreshes: list[str] = []
-        self.refresh_answer: Callable[[int], httpx.Response] = lambda n: httpx.Response(200, json=session_json(n))
+        self.refresh_answer: Callable[[int], httpx.Response] = lambda n: httpx.Response(
+            200, json=session_json(n)
+        )
 
     async def handle(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0)
@@ -68,7 +70,9 @@ class Server:
 
 async def test_a_post_is_repeated_with_the_same_idempotency_key() -> None:
     created = {"id": str(uuid4()), "type": "direct", "members": []}
-    server = Server(httpx.ConnectError("down"), problem(503, "unavailable"), httpx.Response(201, json=created))
+    server = Server(
+        httpx.ConnectError("down"), problem(503, "unavailable"), httpx.Response(201, json=created)
+    )
     conversation = await server.client().create_conversation("direct", [uuid4()])
     assert conversation.id == UUID(created["id"])
     keys = [request.headers["Idempotency-Key"] for request in server.requests]
