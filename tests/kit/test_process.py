@@ -83,7 +83,7 @@ async def test_a_service_opens_its_doors_and_closes_them_in_order(
     async with httpx.AsyncClient() as client:
         ready = await client.get(f"http://127.0.0.1:{running.internal_port}/readyz")
         assert ready.status_code == 200
-        assert set(ready.json()["checks"]) == {"cache", "database"}
+        assert set(ready.json()["checks"]) == {"cache", "certificate", "database"}
         assert (await client.get(f"http://127.0.0.1:{running.http_port}/nothing")).status_code == 404
         await running.stop()
         with pytest.raises(httpx.ConnectError):

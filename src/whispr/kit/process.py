@@ -220,6 +220,8 @@ class Running:
             checks["database"] = database.ready
         for identity in self.context.identities:
             checks["identity"] = identity.ready
+        if self.context.workload is not None:
+            checks["certificate"] = self.context.workload.ready
         return checks
 
     async def _start(self) -> None:
@@ -231,6 +233,8 @@ class Running:
         await self._internal.start()
         self.supervisor.add("cache", self.context.cache.run)
         self.supervisor.add("health", self.health.run)
+        if self.context.workload is not None:
+            self.supervisor.add("certificate", self.context.workload.run)
         for identity in self.context.identities:
             self.supervisor.add("identity", identity.run)
         for name, factory in self.service.loops.items():
