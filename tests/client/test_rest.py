@@ -69,7 +69,7 @@ class Server:
 
 
 async def test_a_post_is_repeated_with_the_same_idempotency_key() -> None:
-    created = {"id": str(uuid4()), "type": "direct", "members": []}
+    created: dict[str, Any] = {"id": str(uuid4()), "type": "direct", "members": []}
     server = Server(
         httpx.ConnectError("down"), problem(503, "unavailable"), httpx.Response(201, json=created)
     )

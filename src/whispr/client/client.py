@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
@@ -14,13 +14,14 @@ import httpx
 import msgspec
 
 from whispr.client.account import Account, keep_session, load_session
+from whispr.client.backoff import Backoff
 from whispr.client.conversations import Conversations
 from whispr.client.crypto.engine import Engine, Payload, Sealed
 from whispr.client.crypto.identity import fingerprint
 from whispr.client.devices import Devices
 from whispr.client.encoding import encode_base64
 from whispr.client.events import ChatMessage, ConversationEvent, Notice, OnEvent, OnNotice
-from whispr.client.failures import ApiError, ClientError, SessionEnded
+from whispr.client.failures import ApiError, ClientError, SessionEnded, Unreachable
 from whispr.client.history import History
 from whispr.client.inbox import Inbox
 from whispr.client.live import Live
@@ -82,6 +83,7 @@ class WhisprClient:
         self.history = History(store)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
+        self._backoff = Backoff(base=0.5, cap=30.0)
 
     # Who
 
@@ -184,7 +186,7 @@ class WhisprClient:
     def on_notice(self, callback: OnNotice) -> None:
         self._notice_callbacks.append(callback)
 
-    async def messages(self) -> AsyncIterator[ChatMessage]:
+    async def messages(self) -> AsyncGenerator[ChatMessage, None]:
         """Messages as they arrive from now on, this device's own included."""
         queue: asyncio.Queue[ChatMessage] = asyncio.Queue()
 
@@ -317,16 +319,16 @@ class WhisprClient:
     def _user_event(self, event: str, payload: dict[str, Any]) -> None:
         if event == "joined":
             # Additions are pushed to whoever is there; whoever was away looks for them.
-            self._spawn(self._refresh_conversations())
+            self._spawn(self._persist(self._refresh_conversations))
         elif event == "conversation_added":
-            self._spawn(self._add(UUID(payload["conversation"]["id"])))
+            conversation_id = UUID(payload["conversation"]["id"])
+            self._spawn(self._persist(lambda: self._add(conversation_id)))
         elif event == "conversation_removed":
             conversation_id = UUID(payload["conversation_id"])
             self.live.leave(conversation_id)
-            with self.store.transaction():
-                self.conversations.forget(conversation_id)
+            self.conversations.forget(conversation_id)
         elif event == "prekeys_low" and payload.get("device_id") in (None, str(self.device_id)):
-            self._spawn(self.account.tend_prekeys(self.engine.prekeys, low=True))
+            self._spawn(self._persist(lambda: self.account.tend_prekeys(self.engine.prekeys, low=True)))
         if event != "undelivered":  # pages of what the conversations' own channels bring
             self._notify(Notice(event, payload))
 
@@ -338,6 +340,20 @@ class WhisprClient:
     async def _add(self, conversation_id: UUID) -> None:
         await self.conversations.load(conversation_id, again=True)
         self.live.open(conversation_id)
+
+    async def _persist(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Until it succeeds or the server refuses it for good."""
+        attempt = 0
+        while True:
+            try:
+                await work()
+            except (Unreachable, ApiError) as error:
+                if isinstance(error, ApiError) and not error.passing:
+                    raise
+                attempt += 1
+                await asyncio.sleep(self._backoff.delay(attempt))
+            else:
+                return
 
     async def _tend(self) -> None:
         while True:

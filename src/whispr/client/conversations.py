@@ -28,7 +28,7 @@ class Cursor(msgspec.Struct, frozen=True):
 
 
 class Conversations:
-    """Reads and writes go to the store; writes need an open transaction, `load` opens its own."""
+    """Reads and writes go to the store; `change_members` and `advance` need an open transaction."""
 
     def __init__(self, store: Store, rest: RestClient) -> None:
         self._store = store
@@ -64,8 +64,9 @@ class Conversations:
             self._store.save(_KNOWN, str(conversation_id), msgspec.structs.replace(known, members=members))
 
     def forget(self, conversation_id: UUID) -> None:
-        self._store.delete(_KNOWN, str(conversation_id))
-        self._store.delete(_CURSORS, str(conversation_id))
+        """No longer a member. The cursor stays: whoever is added again goes on from there."""
+        with self._store.transaction():
+            self._store.delete(_KNOWN, str(conversation_id))
 
     def cursor(self, conversation_id: UUID) -> Cursor:
         return self._store.load(_CURSORS, str(conversation_id), Cursor) or Cursor()

@@ -100,10 +100,16 @@ class Devices:
 
     def _learn(self, user_id: UUID, found: list[DeviceKeys]) -> None:
         bundles = {keys.device_id: bundle_of(keys) for keys in found}
+        before = self._engine.directory.devices_of(user_id)
         with self._store.transaction():
             changes = self._engine.learn(user_id, bundles)
         for change in changes:
             self._notify(Notice("identity_changed", msgspec.to_builtins(change)))
+        if before is None:
+            return
+        for device_id in bundles.keys() - {device.device_id for device in before}:
+            # Whoever can add a device to an account reads along: people should be able to notice.
+            self._notify(Notice("device_added", {"user_id": str(user_id), "device_id": str(device_id)}))
 
 
 def bundle_of(keys: DeviceKeys) -> PrekeyBundle:

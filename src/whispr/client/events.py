@@ -47,8 +47,8 @@ class ConversationEvent(msgspec.Struct, frozen=True):
 
 class Notice(msgspec.Struct, frozen=True):
     """Anything that is not in a log: `receipt`, `typing`, `presence_state`, `presence_diff`, the pushes of the user's own
-    topic, and from the library itself `identity_changed`, `history_truncated`, `history_reset`, `send_failed`,
-    `session_ended`."""
+    topic, and from the library itself `identity_changed` (a known device has other keys), `device_added` (a known person
+    has a new device), `history_truncated`, `history_reset`, `conversation_closed`, `send_failed`, `session_ended`."""
 
     name: str
     payload: dict[str, Any]

@@ -8,6 +8,7 @@ but not yet handed over are handed over at the next start.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 from uuid import UUID
@@ -23,6 +24,8 @@ from whispr.client.failures import ApiError, ClientError, Undecryptable
 from whispr.client.history import History
 from whispr.client.models import LogEvent, Message
 from whispr.client.store import Store
+
+log = logging.getLogger(__name__)
 
 BATCH: Final = 100
 
@@ -134,21 +137,29 @@ class Inbox:
     def _take(self, incoming: Incoming) -> ConversationEvent | None:
         """Keep one event. None for a message that the application has already had under another number."""
         name, conversation_id = incoming.event.event, incoming.conversation_id
-        payload: dict[str, Any] = msgspec.json.decode(incoming.event.payload)
+        payload = msgspec.json.decode(incoming.event.payload, type=dict[str, Any])
         chat: ChatMessage | None = None
         if name in ("new_message", "message_edited"):
             message = _message(name, incoming.event.payload)
-            if name == "new_message" and self._history.find(message.id) is not None:
+            if name == "new_message" and message is not None and self._history.find(message.id) is not None:
                 return None
-            chat = self._read(message, incoming)
-            self._history.add(chat)
-        elif name == "message_deleted":
-            self._history.mark_deleted(UUID(payload["message_id"]))
-        elif name == "member_added":
-            self._conversations.change_members(conversation_id, add=UUID(payload["user_id"]))
-        elif name == "member_removed":
-            self._conversations.change_members(conversation_id, remove=UUID(payload["user_id"]))
+            if message is not None:
+                chat = self._read(message, incoming)
+                self._history.add(chat)
+        else:
+            self._follow(conversation_id, name, payload)
         return ConversationEvent(conversation_id, incoming.event.seq, name, payload, chat)
+
+    def _follow(self, conversation_id: UUID, name: str, payload: dict[str, Any]) -> None:
+        try:
+            if name == "message_deleted":
+                self._history.mark_deleted(UUID(payload["message_id"]))
+            elif name == "member_added":
+                self._conversations.change_members(conversation_id, add=UUID(payload["user_id"]))
+            elif name == "member_removed":
+                self._conversations.change_members(conversation_id, remove=UUID(payload["user_id"]))
+        except (KeyError, ValueError):
+            log.warning("The server sent a %s that names nobody.", name)
 
     def _read(self, message: Message, incoming: Incoming) -> ChatMessage:
         chat = ChatMessage(
@@ -199,8 +210,13 @@ class _Edit(msgspec.Struct):
     message: Message
 
 
-def _message(event: str, payload: msgspec.Raw) -> Message:
-    """The MESSAGE of `new_message` (the payload itself) or `message_edited` (inside it)."""
-    if event == "new_message":
-        return msgspec.json.decode(payload, type=Message)
-    return msgspec.json.decode(payload, type=_Edit).message
+def _message(event: str, payload: msgspec.Raw) -> Message | None:
+    """The MESSAGE of `new_message` (the payload itself) or `message_edited` (inside it); None if it is malformed."""
+    try:
+        if event == "new_message":
+            return msgspec.json.decode(payload, type=Message)
+        return msgspec.json.decode(payload, type=_Edit).message
+    except msgspec.DecodeError as error:
+        # One bad entry must not stop all that come after it.
+        log.warning("The server sent a malformed %s: %s", event, error)
+        return None

@@ -161,6 +161,8 @@ class Live:
         feed = self._feeds.pop(conversation_id, None)
         if feed is not None:
             feed.close()
+        if refusal is not None and refusal.code == "forbidden":
+            self._conversations.forget(conversation_id)
         reason = "closed" if refusal is None else refusal.code
         self._notify(Notice("conversation_closed", {"reason": reason}, conversation_id))
 

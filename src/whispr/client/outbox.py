@@ -9,6 +9,7 @@ was stored, and the message is encrypted anew for the devices there are.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
@@ -26,6 +27,8 @@ from whispr.client.failures import ApiError, ClientError, Unreachable
 from whispr.client.history import History
 from whispr.client.models import Sent
 from whispr.client.store import Store
+
+log = logging.getLogger(__name__)
 
 _SPACE: Final = "outbox"
 # Devices may come and go while we encrypt; but a server that never agrees must not keep us busy for ever.
@@ -178,6 +181,11 @@ class Outbox:
                     item.conversation_id,
                 )
             )
+            if not future.done():
+                future.set_exception(error)
+        except Exception as error:
+            # A defect, or a full disk. The message stays in the store for the next start; the others go on.
+            log.exception("A message could not be sent.")
             if not future.done():
                 future.set_exception(error)
         else:
