@@ -72,8 +72,8 @@ async def build(context: Context) -> Service:
         ttl=timedelta(hours=settings.outbox_hours),
     )
     structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
-    members = Members(structure, read_receipts)
-    conversations = Conversations(structure, members, read_receipts)
+    members = Members(structure, read_receipts, context.limiter)
+    conversations = Conversations(structure, members, read_receipts, context.limiter)
     housekeeping = Housekeeping(
         database,
         clock,

@@ -10,6 +10,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.kit.cache import RateLimiter
 from whispr.kit.ids import uuid7
 from whispr.services.messaging.models import (
     MAX_MEMBERS,
@@ -34,12 +35,18 @@ from whispr.services.messaging.store import conversations as store
 from whispr.services.messaging.store import members as member_store
 from whispr.services.messaging.store import views
 
+CREATIONS_PER_HOUR = 200
+"""By one person. Whoever has a reason to start more at once is writing to strangers."""
+
 
 class Conversations:
     """CONVERSATION, as a person makes, sees and changes it."""
 
-    def __init__(self, structure: Structure, members: Members, read_receipts: ReadReceipts) -> None:
+    def __init__(
+        self, structure: Structure, members: Members, read_receipts: ReadReceipts, limiter: RateLimiter
+    ) -> None:
         self._structure = structure
+        self._limiter = limiter
         self._members = members
         self._read_receipts = read_receipts
         self._db = structure.db
@@ -56,9 +63,10 @@ class Conversations:
 
         There is one direct conversation of two people, ever; a group is made once per Idempotency-Key. Raises
         `InvalidMembers`, `TooManyMembers`, `UnknownUser`, `Blocked`, `ContactsOnly`, `IdempotencyConflict`,
-        `InvalidDocument`, `DocumentTooLarge`.
+        `InvalidDocument`, `DocumentTooLarge`, `RateLimited`.
         """
         check_document(metadata)
+        await self._limiter.check("conversations", str(creator_id), CREATIONS_PER_HOUR, 3600)
         others = [user_id for user_id in dict.fromkeys(member_ids) if user_id != creator_id]
         if len(others) + 1 > MAX_MEMBERS:
             raise TooManyMembers(limit=MAX_MEMBERS)

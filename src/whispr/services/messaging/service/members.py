@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
+from whispr.kit.cache import RateLimiter
 from whispr.services.messaging.models import (
     MAX_MEMBERS,
     CommittedEvent,
@@ -25,6 +26,9 @@ from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.store import conversations
 from whispr.services.messaging.store import members as store
 
+ADDITIONS_PER_HOUR = 300
+"""Requests of one person, of up to 1,000 people each."""
+
 
 class Members:
     """Changes of membership, each one event or more in the conversation's order.
@@ -33,8 +37,9 @@ class Members:
     admins or hands the group over. Every rule is checked under the conversation's lock.
     """
 
-    def __init__(self, structure: Structure, read_receipts: ReadReceipts) -> None:
+    def __init__(self, structure: Structure, read_receipts: ReadReceipts, limiter: RateLimiter) -> None:
         self._structure = structure
+        self._limiter = limiter
         self._read_receipts = read_receipts
         self._db = structure.db
 
@@ -45,8 +50,9 @@ class Members:
 
         People who are members already stay as they are, so the request can be repeated. Raises
         `ConversationNotFound`, `NotAGroup`, `ConversationClosed`, `NotAllowed`, `TooManyMembers`, `UnknownUser`,
-        `Blocked`, `ContactsOnly`.
+        `Blocked`, `ContactsOnly`, `RateLimited`.
         """
+        await self._limiter.check("memberships", str(actor_id), ADDITIONS_PER_HOUR, 3600)
         wanted = list(dict.fromkeys(user_ids))
         async with self._db.connection() as connection:
             row = await conversations.get(connection, conversation_id)
