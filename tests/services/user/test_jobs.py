@@ -19,7 +19,7 @@ async def test_abandoned_reservations_are_given_back_by_the_loop(world: World) -
     user_id = await world.person()
     await world.service.storage.update(StorageRequest(uuid4(), user_id, "reserve", 100))
     world.clock.advance(world.settings.reservation_seconds)
-    loop = asyncio.create_task(loops(world.service)["expire_reservations"]())  # type: ignore[arg-type]
+    loop = asyncio.ensure_future(loops(world.service)["expire_reservations"]())
     try:
         async with asyncio.timeout(5):
             while (await world.service.storage.quotas(user_id)).storage.reserved:
