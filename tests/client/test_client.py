@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +340,30 @@ async def test_a_new_phone_is_served_and_the_lost_one_is_shut_out(people: People
     await ada.hears("old phone", "new phone", "here I am")
 
 
+async def test_stale_keys_of_a_device_are_replaced_and_told(people: People) -> None:
+    """The server says `stale` when an envelope names another installation of the device than the present one."""
+    ada, ben = await people.new(), await people.new()
+    conversation = await ada.client.direct(ben.client.user_id)
+    await ada.client.send_text(conversation, "before")
+    await ben.hears("before")
+    known = ada.client.engine.directory.device(ben.client.device_id)
+    assert known is not None
+    outdated = msgspec.structs.replace(
+        known.current, registration_id=1 + known.current.registration_id % 16380
+    )
+    with ada.client.store.transaction():
+        ada.client.store.save(
+            "devices", str(known.device_id), msgspec.structs.replace(known, keys=[outdated])
+        )
+    await ada.client.send_text(conversation, "after")
+    await ben.hears("before", "after")
+    assert [n.payload["device_id"] for n in ada.notices if n.name == "identity_changed"] == [
+        str(known.device_id)
+    ]
+    page = await ben.client.rest.messages(conversation, after_seq=1)
+    assert next(iter((page.items[0].content.envelopes or {}).values())).type == "prekey"
+
+
 async def test_a_message_of_a_device_that_is_gone_is_read_and_marked(people: People) -> None:
     ada, bens_name = await people.new(), name()
     phone, laptop = await people.new(bens_name), await people.another(bens_name)
@@ -543,3 +569,12 @@ async def test_entries_of_the_log_that_make_no_sense_stop_nothing(people: People
         ben.client.live.open(conversation)._on_event(event, msgspec.Raw(b'{"seq":%d,"user_id":"?"}' % seq))
     await until(lambda: len(ben.events) == 5)
     assert ben.messages == []
+
+
+def test_the_library_stands_alone() -> None:
+    code = (
+        "import sys, whispr.client, whispr.client.demo;"
+        "print([m for m in sys.modules if m.startswith(('whispr.kit', 'whispr.services', 'whispr.contracts'))])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 from uuid import UUID
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from whispr.client.client import WhisprClient
+from whispr.client.encoding import decode_base64
 from whispr.client.events import ChatMessage, ConversationEvent, Notice
 from whispr.client.failures import ApiError
 from whispr.client.models import Message
@@ -23,7 +25,6 @@ from whispr.client.store import Store
 
 PASSWORD: Final = "correct horse battery staple"  # noqa: S105 -- of accounts that live for a minute
 PATIENCE: Final = 20.0
-SHOWN: Final = 44
 
 
 @dataclass
@@ -138,7 +139,7 @@ class Demonstration:
         cleo.client.online()
         sent = await asyncio.wait_for(waiting, PATIENCE)
         await self._until(lambda: "I am in a tunnel." in cleo.texts(group))
-        self._show(["Cleo's phone"], [m for m in cleo.read if m.conversation_id == group][-4:])
+        self._show("Cleo's phone", [m for m in cleo.read if m.conversation_id == group][-4:])
         self._check("after the tunnel Cleo has everything, in order", cleo.texts(group)[-4:-1] == texts)
         self._check("what Cleo wrote in the tunnel was sent once", sent.seq == cleo.events[group][-1])
 
@@ -192,23 +193,42 @@ class Demonstration:
         )
 
     async def _server_view(self, conversations: list[UUID]) -> None:
-        self._step("What the server saw", "The same messages as the server hands them out.")
-        table = Table("seq", "from", "what is stored", box=None, header_style="dim")
-        raw: list[str] = []
-        for conversation_id in conversations:
-            for label in ("Ada's laptop", "Ben's laptop"):
-                page = await self._of(label).client.rest.messages(conversation_id, after_seq=0, limit=100)
-                raw += [_ciphertext(message) for message in page.items]
-                if label == "Ben's laptop":
-                    for message in page.items[:4]:
-                        shown = _ciphertext(message)[:SHOWN]
-                        table.add_row(str(message.seq), self._owner(message.sender_id), f"{shown}…")
-        self._console.print(table)
-        everything = "\n".join(raw)
-        self._check(
-            "no text of anybody is in what the server stores",
-            bool(raw) and not any(secret in everything for secret in self._secrets),
+        self._step(
+            "What the server saw",
+            "The same messages as the server has them: each device asks for what is stored for it.",
         )
+        for conversation_id in conversations:
+            stored = await self._stored(conversation_id)
+            table = Table("seq", "from", "envelopes", "bytes", "begins", box=None, header_style="dim")
+            for seq, (message, bodies) in list(stored.items())[:5]:
+                kinds = Counter(kind for kind, _ in bodies)
+                shown = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+                first = bodies[0][1] if bodies else b""
+                size = sum(len(body) for _, body in bodies)
+                table.add_row(
+                    str(seq), self._owner(message.sender_id), shown, str(size), f"{first[:14].hex()}…"
+                )
+            self._console.print(table)
+            everything = b"\0".join(body for _, bodies in stored.values() for _, body in bodies)
+            self._check(
+                "the server has something of every message", all(bodies for _, bodies in stored.values())
+            )
+            self._check(
+                "no text of anybody is in what the server has",
+                bool(everything) and not any(secret.encode() in everything for secret in self._secrets),
+            )
+
+    async def _stored(self, conversation_id: UUID) -> dict[int, tuple[Message, list[tuple[str, bytes]]]]:
+        """By seq, each message with the type and bytes of all its envelopes, as far as today's devices are given them."""
+        stored: dict[int, tuple[Message, list[tuple[str, bytes]]]] = {}
+        for gadget in self._gadgets.values():
+            if conversation_id not in gadget.client.conversations.ids():
+                continue
+            page = await gadget.client.rest.messages(conversation_id, after_seq=0, limit=100)
+            for message in page.items:
+                _, bodies = stored.setdefault(message.seq, (message, []))
+                bodies += _bodies(message)
+        return dict(sorted(stored.items()))
 
     def _at_rest(self) -> None:
         stored = b"".join(gadget.path.read_bytes() for gadget in self._gadgets.values())
@@ -243,13 +263,16 @@ class Demonstration:
         )
         if show:
             self._console.print(f"   [bold]{sender}[/bold] writes: {text}")
-            found = [m for m in self._of(readers[0]).read if m.text == text]
-            self._show([label for label in readers if label != sender], found[-1:])
+            for label in readers:
+                found = [m for m in self._of(label).read if m.text == text]
+                if label != sender:
+                    self._show(label, found[-1:])
         self._check(f"“{text}” is read by {len(readers)} devices", arrived)
 
-    def _show(self, labels: list[str], messages: list[ChatMessage]) -> None:
+    def _show(self, label: str, messages: list[ChatMessage]) -> None:
+        """What this device decrypted."""
         for message in messages:
-            self._console.print(f"      [green]✓[/green] {', '.join(labels)}: {message.text}", style="dim")
+            self._console.print(f"      [green]✓[/green] {label:<16} {message.text}", style="dim")
 
     async def _until(self, condition: Callable[[], bool]) -> bool:
         try:
@@ -322,7 +345,9 @@ async def run(url: str, console: Console) -> int:
         return await Demonstration(url, console, Path(folder)).run()
 
 
-def _ciphertext(message: Message) -> str:
-    """What of a message the server has, and gives to the asking device."""
-    envelopes: dict[str, Any] = message.content.envelopes or {}
-    return message.content.ciphertext or "".join(envelope.body for envelope in envelopes.values())
+def _bodies(message: Message) -> list[tuple[str, bytes]]:
+    """What of a message the server gives to the asking device: types and ciphertexts."""
+    bodies = [(e.type, decode_base64(e.body)) for e in (message.content.envelopes or {}).values()]
+    if message.content.ciphertext is not None:
+        bodies.append(("shared", decode_base64(message.content.ciphertext)))
+    return bodies
