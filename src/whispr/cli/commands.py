@@ -117,16 +117,13 @@ def serve(service: Annotated[str, typer.Argument(help="auth, user, messaging, â€
     This is what `whispr up` and the container image start. The public port is WHISPR_HTTP_BIND, the others are
     WHISPR_GRPC_BIND and WHISPR_INTERNAL_BIND (health and metrics).
     """
-    import importlib
-
     from whispr.instance.catalog import present
+    from whispr.instance.serving import serve as serve_here
 
     names = [entry.name for entry in present()]
     if service not in names:
         raise typer.BadParameter(f"there is no service {service!r}; there are {', '.join(names)}")
-    from whispr.kit import process
-
-    raise typer.Exit(process.run(service, importlib.import_module(f"whispr.services.{service}.app").build))
+    raise typer.Exit(serve_here(service))
 
 
 @app.command(rich_help_panel="Run")

@@ -49,12 +49,14 @@ def spawn(
     account: Account | None = None,
     death_signal: int = signal.SIGKILL,
     stdin: bytes | None = None,
+    keep_stdin: bool = False,
     cwd: Path | None = None,
 ) -> "subprocess.Popen[bytes]":
     """Starts `argv` in its own session, so that Ctrl-C at the terminal reaches only the supervisor.
 
     `death_signal` is sent to the child when this process dies (Linux). Call it from the main thread: Linux ties the
-    child to the thread that forked it. Output goes to the end of `log`, or nowhere. `stdin` must fit a pipe (64 KiB).
+    child to the thread that forked it. Output goes to the end of `log`, or nowhere. `stdin` must fit a pipe (64 KiB);
+    `keep_stdin` leaves the pipe open for the caller.
     """
     output: int
     if log is None:
@@ -66,7 +68,7 @@ def spawn(
         process = subprocess.Popen(
             [os.fspath(part) for part in argv],
             env=None if env is None else dict(env),
-            stdin=subprocess.DEVNULL if stdin is None else subprocess.PIPE,
+            stdin=subprocess.PIPE if stdin is not None or keep_stdin else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             cwd=cwd,

@@ -26,12 +26,14 @@ from whispr.instance.leftovers import MARK, end_leftovers
 from whispr.instance.ports import is_free
 from whispr.instance.postgres import EmbeddedPostgres
 from whispr.instance.readiness import Readiness
+from whispr.instance.serving import Spare
 from whispr.instance.settings import InstanceSettings
 from whispr.instance.supervision import Child, Process, wait_until
 from whispr.instance.valkey import EmbeddedValkey
 from whispr.kit.mtls import LocalCA
 
 RENEWAL_SECONDS = 60.0
+SPARE_SECONDS = 2.0
 ISSUER = AUDIENCE = "whispr"
 
 
@@ -69,6 +71,8 @@ class Instance:
         self._progress = progress
         self._gateway = gateway.choose(settings.gateway)
         self._command = command or (lambda service: [sys.executable, "-m", "whispr", "serve", service])
+        # Another command than ours is not what the spare process could become.
+        self._spare = None if command is not None else self._make_spare()
         self._postgres: EmbeddedPostgres | None = None
         self._valkey: EmbeddedValkey | None = None
         self._databases: dict[str, str] = {}
@@ -117,6 +121,7 @@ class Instance:
                 tasks = [
                     chores.create_task(logs.keep_small(self.layout.logs, self.settings.log_bytes)),
                     chores.create_task(self._keep_certificates()),
+                    chores.create_task(self._keep_spare()),
                 ]
                 await waiting
                 for task in tasks:
@@ -131,6 +136,8 @@ class Instance:
             self._readiness.draining = True
         if self.children:
             self._progress.step("stopping")
+        if self._spare is not None:
+            self._spare.stop()
         await self._stop_children("gateway")
         await self._stop_children(*(entry.name for entry in self.entries))
         await self._stop_children("valkey")
@@ -286,6 +293,10 @@ class Instance:
         self._progress.step("starting " + ", ".join(entry.name for entry in self.entries))
         await asyncio.gather(*(self._await_service(entry) for entry in self.entries))
 
+    def _make_spare(self) -> Spare:
+        environment = {**os.environ, MARK: str(self.layout.root), "PYTHONUNBUFFERED": "1"}
+        return Spare([entry.name for entry in self.entries], environment, self.layout.log("spare"))
+
     async def _await_service(self, entry: Entry) -> None:
         log = self.layout.log(entry.name)
         if self._readiness is None:
@@ -305,9 +316,17 @@ class Instance:
         )
 
     def _spawn_service(self, entry: Entry) -> Process:
-        return spawn(
-            self._command(entry.name), env=self._service_environment(entry), log=self.layout.log(entry.name)
-        )
+        environment, log = self._service_environment(entry), self.layout.log(entry.name)
+        warm = self._spare.become(entry.name, environment, log) if self._spare is not None else None
+        return warm or spawn(self._command(entry.name), env=environment, log=log)
+
+    async def _keep_spare(self) -> None:
+        """Keeps a warm process at hand, but leaves the processor to a service that is just starting."""
+        if self._spare is None:
+            return
+        while True:
+            await asyncio.sleep(SPARE_SECONDS)
+            self._spare.warm()
 
     def _service_environment(self, entry: Entry) -> dict[str, str]:
         prefix = f"WHISPR_{entry.name.upper()}"
