@@ -10,6 +10,8 @@ import pytest
 from tests.services.messaging.door import Door, assert_problem
 from tests.stack import Stack
 
+from whispr.kit.http import encode_cursor
+
 
 async def people(stack: Stack, count: int) -> list[Door]:
     return [Door(stack, person) for person in await asyncio.gather(*(stack.register() for _ in range(count)))]
@@ -185,7 +187,24 @@ async def test_the_list_pages_by_latest_activity(stack: Stack) -> None:
     newest = first["items"][0]
     assert (newest["unread_count"], newest["last_message"]["sender_id"]) == (1, others[0].id)
     assert {member["user_id"] for member in newest["members"]} == {ann.id, others[0].id}
-    assert_problem(await ann.get("/conversations", cursor="nonsense"), 422, "invalid_cursor")
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        "nonsense",
+        [],
+        ["2026-01-01T00:00:00", str(uuid4())],
+        ["0001-01-01T00:00:00+14:00", str(uuid4())],
+        ["9999-12-31T23:59:59-14:00", str(uuid4())],
+        ["2026-01-01T00:00:00Z", "x"],
+        [0, str(uuid4())],
+    ],
+)
+async def test_forged_cursors_are_refused(stack: Stack, forged: Any) -> None:
+    ann = (await people(stack, 1))[0]
+    cursor = forged if isinstance(forged, str) else encode_cursor(forged)
+    assert_problem(await ann.get("/conversations", cursor=cursor), 422, "invalid_cursor")
 
 
 async def test_groups_are_listed_without_their_members(stack: Stack) -> None:

@@ -10,6 +10,8 @@ import httpx
 import pytest
 from tests.stack import Person, Stack
 
+from whispr.kit.http import encode_cursor
+
 ME = "/api/v1/users/me"
 
 
@@ -201,7 +203,10 @@ async def test_contacts_page_through_a_cursor(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("path", ["contacts", "blocks"])
-@pytest.mark.parametrize("cursor", ["nonsense", "eyJhIjoxfQ", "bnVsbA", "é", "A" * 600])
+BEFORE_TIME = encode_cursor({"created_at": "0001-01-01T00:00:00+14:00", "user_id": str(uuid4())})
+
+
+@pytest.mark.parametrize("cursor", ["nonsense", "eyJhIjoxfQ", "bnVsbA", "é", "A" * 600, BEFORE_TIME])
 async def test_foreign_cursors_are_refused(stack: Stack, ada: Person, path: str, cursor: str) -> None:
     answer = await ask(stack, ada, "GET", f"{ME}/{path}", params={"cursor": cursor})
     assert answer.status_code == 422

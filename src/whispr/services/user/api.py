@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,6 +13,7 @@ from whispr.kit.http import (
     Body,
     CallerDep,
     CursorParam,
+    InvalidCursor,
     LimitParam,
     Page,
     Problem,
@@ -222,7 +223,15 @@ def _add_others(router: APIRouter, service: UserService) -> None:
 
 
 def _after(cursor: str | None) -> Position | None:
-    return decode_cursor(cursor, Position) if cursor is not None else None
+    if cursor is None:
+        return None
+    position = decode_cursor(cursor, Position)
+    try:
+        position.created_at.astimezone(UTC)
+    except OverflowError as error:
+        # The first or last hours of the calendar, in a zone that puts them outside it: nobody was handed that.
+        raise InvalidCursor from error
+    return position
 
 
 def _cursor(page: RelationPage) -> str | None:

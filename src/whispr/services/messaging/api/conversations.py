@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import Annotated, Any
 from uuid import UUID
 
+import msgspec
 from fastapi import APIRouter, Response
 
 from whispr.kit.http import (
     CallerDep,
     CursorParam,
     IdempotencyKey,
+    InvalidCursor,
     LimitParam,
     Page,
     Problem,
@@ -38,6 +40,13 @@ _FORBIDDEN: Responses = {403: {"model": Problem}}
 _NOT_FOUND: Responses = {404: {"model": Problem}}
 _CONFLICT: Responses = {409: {"model": Problem}}
 _TOO_LARGE: Responses = {413: {"model": Problem}}
+
+
+class _Position(msgspec.Struct, array_like=True):
+    """Where a page of conversations ended."""
+
+    updated_at: Annotated[datetime, msgspec.Meta(tz=True)]
+    conversation_id: UUID
 
 
 def add_routes(router: APIRouter, conversations: Conversations, members: Members) -> None:
@@ -76,7 +85,7 @@ def _add_conversations(router: APIRouter, service: Conversations) -> None:
         caller: CallerDep, limit: LimitParam = 50, cursor: CursorParam = None
     ) -> Response:
         """The caller's conversations, latest activity first, with unread counts and last messages."""
-        before = decode_cursor(cursor, tuple[datetime, UUID]) if cursor is not None else None
+        before = _position(cursor) if cursor is not None else None
         views, following = await service.list_page(caller.user_id, before, limit)
         return answers.json_answer(
             {
@@ -169,3 +178,12 @@ def _add_members(router: APIRouter, service: Members) -> None:
         An owner who leaves is followed by the admin, or else the member, who is in the group the longest.
         """
         await service.remove(conversation_id, caller.user_id, user_id)
+
+
+def _position(cursor: str) -> tuple[datetime, UUID]:
+    position = decode_cursor(cursor, _Position)
+    try:
+        return position.updated_at.astimezone(UTC), position.conversation_id
+    except OverflowError as error:
+        # The first or last hours of the calendar, in a zone that puts them outside it: nobody was handed that.
+        raise InvalidCursor from error
