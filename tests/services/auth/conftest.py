@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -16,11 +15,11 @@ from whispr.kit.db import Connection
 
 @pytest.fixture(scope="session")
 async def house(
-    database: Callable[[str], str], valkey_url: str, tmp_path_factory: pytest.TempPathFactory
+    new_database: Callable[[str], str], valkey_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[AuthHouse]:
     """A running auth with a clock that tests move; each test has people of its own."""
-    url = database("auth")
-    os.environ["WHISPR_AUTH_DATABASE_URL"] = url
+    # Not the database of `stack`: its sessions would be cleaned away by a clock that is months ahead of its own.
+    url = migrated(new_database("auth_house"))
     running = AuthHouse(valkey_url, tmp_path_factory.mktemp("auth"), url)
     await running.start()
     yield running
