@@ -13,6 +13,7 @@ from tests.stack import Person, Stack
 from whispr.kit.http import encode_cursor
 
 ME = "/api/v1/users/me"
+BEFORE_TIME = encode_cursor({"created_at": "0001-01-01T00:00:00+14:00", "user_id": str(uuid4())})
 
 
 async def ask(stack: Stack, person: Person | None, method: str, path: str, **options: Any) -> httpx.Response:
@@ -203,9 +204,6 @@ async def test_contacts_page_through_a_cursor(stack: Stack) -> None:
 
 
 @pytest.mark.parametrize("path", ["contacts", "blocks"])
-BEFORE_TIME = encode_cursor({"created_at": "0001-01-01T00:00:00+14:00", "user_id": str(uuid4())})
-
-
 @pytest.mark.parametrize("cursor", ["nonsense", "eyJhIjoxfQ", "bnVsbA", "é", "A" * 600, BEFORE_TIME])
 async def test_foreign_cursors_are_refused(stack: Stack, ada: Person, path: str, cursor: str) -> None:
     answer = await ask(stack, ada, "GET", f"{ME}/{path}", params={"cursor": cursor})
