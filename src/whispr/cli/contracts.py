@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from whispr.instance.catalog import present
+from whispr.instance.catalog import Entry, present
 from whispr.instance.errors import InstanceError
 from whispr.kit.process import Context
 from whispr.kit.settings import CommonSettings
@@ -43,20 +44,23 @@ def write_openapi(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     entries = present()
     for entry in entries:
-        document = asyncio.run(_openapi(entry.name, [other.name for other in entries]))
+        document = asyncio.run(_openapi(entry, [other.name for other in entries]))
         text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / f"{entry.name}.json").write_text(text + "\n")
 
 
-async def _openapi(service: str, neighbours: list[str]) -> dict[str, Any]:
+async def _openapi(entry: Entry, neighbours: list[str]) -> dict[str, Any]:
     """The document of a service that is built but never started: nothing it is told to connect to is contacted."""
     nowhere = "127.0.0.1:9"
-    os.environ[f"WHISPR_{service.upper()}_DATABASE_URL"] = f"postgresql://{nowhere}/unused"
     common = CommonSettings(mesh=True, **{f"{name}_address": nowhere for name in neighbours})  # type: ignore[arg-type]
-    context = Context(service, common)
-    try:
-        built = await importlib.import_module(f"whispr.services.{service}.app").build(context)
-        document: dict[str, Any] = built.http.openapi()
-    finally:
-        await context.close()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.update(entry.variables)
+        os.environ.update({name: f"{scratch}/{file}" for name, file in entry.files.items()})
+        os.environ[f"WHISPR_{entry.name.upper()}_DATABASE_URL"] = f"postgresql://{nowhere}/unused"
+        context = Context(entry.name, common)
+        try:
+            built = await importlib.import_module(f"whispr.services.{entry.name}.app").build(context)
+            document: dict[str, Any] = built.http.openapi()
+        finally:
+            await context.close()
     return document

@@ -227,7 +227,7 @@ class Channel:
         self._retired: list[asyncio.Task[None]] = []
         self._failures = 0
         self._open_until = 0.0
-        self.grpc = _Following(self)
+        self.grpc = cast(grpc.aio.Channel, _Following(self))
 
     @property
     def service(self) -> str:
