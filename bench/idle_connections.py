@@ -25,8 +25,8 @@ PER_ADDRESS = 10_000
 
 async def _join(url: str, number: int, person: Person, conversation: str) -> Device:
     device = await connect(url, person.token, f"127.0.{1 + number // PER_ADDRESS}.1")
-    await device.join(f"user:{person.user_id}")
-    await device.join(f"conversation:{conversation}")
+    await device.join(f"user:{person.user_id}", ref="1")
+    await device.join(f"conversation:{conversation}", ref="2")
     return device
 
 

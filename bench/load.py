@@ -52,27 +52,32 @@ def _b64(data: bytes) -> str:
     return base64.b64encode(data).decode()
 
 
-async def register(http: httpx.AsyncClient, url: str) -> Person:
-    """A new person; the prekeys are never used, so they are random points with a true signature."""
-    key = SigningKey.generate()
+def device_document(key: SigningKey) -> dict[str, Any]:
+    """`DEVICE` of a registration. Its prekey is never used, so it is a random point with a true signature."""
     prekey = os.urandom(32)
+    return {
+        "name": "bench",
+        "platform": "desktop",
+        "registration_id": 1,
+        "identity_key": _b64(os.urandom(32)),
+        "signing_key": _b64(bytes(key.verify_key)),
+        "signed_prekey": {
+            "key_id": 1,
+            "public_key": _b64(prekey),
+            "signature": _b64(key.sign(prekey).signature),
+        },
+    }
+
+
+async def register(http: httpx.AsyncClient, url: str) -> Person:
+    """A new person."""
+    key = SigningKey.generate()
     answer = await http.post(
         f"{url}/api/v1/auth/register",
         json={
             "username": f"b{uuid4().hex[:24]}",
             "password": "a password of the bench",
-            "device": {
-                "name": "bench",
-                "platform": "desktop",
-                "registration_id": 1,
-                "identity_key": _b64(os.urandom(32)),
-                "signing_key": _b64(bytes(key.verify_key)),
-                "signed_prekey": {
-                    "key_id": 1,
-                    "public_key": _b64(prekey),
-                    "signature": _b64(key.sign(prekey).signature),
-                },
-            },
+            "device": device_document(key),
         },
     )
     answer.raise_for_status()
@@ -157,12 +162,11 @@ class Device(WSListener):  # type: ignore[misc]  # picows is compiled without th
         assert self.transport is not None
         self.transport.send(WSMsgType.TEXT, frame)
 
-    async def join(self, topic: str, payload: bytes = b"{}", timeout: float = 60) -> dict[str, Any]:
-        """Join `topic`; the reply's response. Raises RuntimeError when refused."""
-        ref = f"j{len(self._replies)}{topic[-6:]}".encode()
+    async def join(self, topic: str, ref: str, timeout: float = 60) -> dict[str, Any]:
+        """Join `topic` with `ref` as its join_ref; the reply's response. Raises RuntimeError when refused."""
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-        self._replies[ref] = answer
-        self.send(b'["%s","%s","%s","phx_join",%s]' % (ref, ref, topic.encode(), payload))
+        self._replies[ref.encode()] = answer
+        self.send(f'["{ref}","{ref}","{topic}","phx_join",{{}}]'.encode())
         reply = json.loads(await asyncio.wait_for(answer, timeout))[4]
         if reply["status"] != "ok":
             raise RuntimeError(f"join of {topic} refused: {reply}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import json
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -67,10 +67,10 @@ class Run:
                 b'["1","%d","conversation:%s","new_message",%s]'
                 % (number, end.conversation.encode(), payload)
             )
-        for end in self.ends:
-            end.device.on_frame = self._on_frame
+        for index, end in enumerate(self.ends):
+            end.device.on_frame = partial(self._on_frame, index)
 
-    def _on_frame(self, data: bytes) -> None:
+    def _on_frame(self, index: int, data: bytes) -> None:
         now = self._loop.time()
         parts = data.split(b'"', 8)
         if parts[7] == b"phx_reply":
@@ -82,7 +82,7 @@ class Run:
             start = data.find(b'"client_id":"') + 13
             number = self._by_client_id.get(data[start : start + 36])
             # Senders see their own messages too; a delivery is what reaches the other person.
-            if number is not None:
+            if number is not None and number % len(self.ends) != index:
                 self.delivered.append(now - self.due[number])
 
     async def offer(self) -> float:
@@ -137,20 +137,9 @@ async def _pairs(instance: Instance, count: int, direct: bool) -> list[End]:
     for (one, two), conversation in zip(couples, conversations, strict=True):
         for person, other in ((one, two), (two, one)):
             device = await connect(url, person.token)
-            await _join_as_one(device, conversation)
+            await device.join(f"conversation:{conversation}", ref="1")
             ends.append(End(person, other, conversation, device))
     return ends
-
-
-async def _join_as_one(device: Device, conversation: str) -> None:
-    joined: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
-    device.on_frame = lambda data: (
-        None if joined.done() or b"phx_reply" not in data[:120] else joined.set_result(data)
-    )
-    device.send(b'["1","0","conversation:%s","phx_join",{}]' % conversation.encode())
-    reply = json.loads(await asyncio.wait_for(joined, 30))
-    if reply[4]["status"] != "ok":
-        raise RuntimeError(f"join refused: {reply}")
 
 
 async def _measure(arguments: argparse.Namespace) -> None:
