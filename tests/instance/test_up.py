@@ -1,0 +1,203 @@
+"""Instances in this process, with stand-in services: what is given to a service, external servers, failing starts."""
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psycopg
+import pytest
+from tests.instance.conftest import Signer, eventually, listening, standin_command
+
+from whispr.cli.places import instance_settings
+from whispr.instance.catalog import ENTRIES, Entry
+from whispr.instance.errors import AlreadyRunning, InstanceError, PortInUse, StartFailed
+from whispr.instance.ports import free_port
+from whispr.instance.postgres import EmbeddedPostgres
+from whispr.instance.up import Instance, url_of
+from whispr.instance.valkey import EmbeddedValkey
+
+AUTH_AND_USER = tuple(entry for entry in ENTRIES if entry.name in {"auth", "user"})
+
+
+class Silent:
+    """Remembers what a person would have been told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def step(self, text: str) -> None:
+        self.said.append(text)
+
+    def done(self, name: str, text: str) -> None:
+        self.said.append(f"{name} {text}")
+
+    def trouble(self, text: str) -> None:
+        self.said.append(text)
+
+
+def make(folder: Path, entries: tuple[Entry, ...] = AUTH_AND_USER, **options: Any) -> Instance:
+    settings = instance_settings(data=folder, port=free_port(), environment="test", **options)
+    return Instance(settings, entries, Silent(), standin_command)
+
+
+@asynccontextmanager
+async def running(instance: Instance) -> AsyncIterator[Instance]:
+    try:
+        await instance.start()
+        yield instance
+    finally:
+        await instance.stop()
+        instance.destroy()
+
+
+async def ask(url: str, token: str | None = None) -> tuple[int, Any]:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    async with aiohttp.ClientSession() as session, session.get(url, headers=headers) as answer:
+        return answer.status, await answer.json(content_type=None)
+
+
+async def test_two_instances_run_side_by_side(
+    open_folder: Path, signer: Signer, standin_environment: None
+) -> None:
+    one = make(open_folder / "one")
+    other = make(open_folder / "other", gateway="builtin")
+    async with running(one), running(other):
+        for instance in (one, other):
+            status, seen = await ask(f"{instance.url}/api/v1/users/me", signer.token())
+            assert status == 200
+            assert seen["environment"]["WHISPR_INSTANCE"] == str(instance.layout.root)
+        assert set(one.ports.values()).isdisjoint(other.ports.values())
+        assert one.description()["gateway"]["kind"] != other.description()["gateway"]["kind"] == "builtin"
+
+
+async def test_a_service_is_given_what_it_needs_and_no_more(
+    open_folder: Path, signer: Signer, standin_environment: None
+) -> None:
+    async with running(make(open_folder / "data", rate_limits="off")) as instance:
+        _, seen = await ask(f"{instance.url}/api/v1/users/me", signer.token())
+        given = seen["environment"]
+        record = json.loads(instance.layout.run_file.read_text())
+        assert given["WHISPR_RATE_LIMITS"] == "off"
+        assert given["WHISPR_AUTH_ADDRESS"] == record["services"]["auth"]["grpc"]
+        assert "WHISPR_MESSAGING_ADDRESS" not in given, "a service that does not exist has no address"
+        assert "WHISPR_AUTH_DATABASE_URL" not in given, "a neighbour's database is no business of user"
+        assert "WHISPR_POSTGRES_URL" not in given
+        assert {path.name for path in Path(given["WHISPR_IDENTITY_DIR"]).iterdir()} >= {
+            "cert.pem",
+            "key.pem",
+            "ca.pem",
+        }
+        with psycopg.connect(given["WHISPR_USER_DATABASE_URL"]) as connection:
+            assert connection.info.user == connection.info.dbname == "whispr_user"
+            tables = connection.execute(
+                "SELECT count(*) FROM pg_tables WHERE schemaname = 'public'"
+            ).fetchone()
+        assert tables is not None
+        assert tables[0] > 1, "it was migrated"
+
+
+async def test_external_servers_are_used_and_shared_by_one_instance_only(
+    open_folder: Path, signer: Signer, standin_environment: None
+) -> None:
+    postgres = EmbeddedPostgres(open_folder / "pg", durable=False).start()
+    valkey = EmbeddedValkey(open_folder / "vk").start()
+    external = {"postgres_url": postgres.url, "valkey_url": valkey.url}
+    try:
+        first = make(open_folder / "data", **external)
+        async with running(first):
+            _, seen = await ask(f"{first.url}/api/v1/users/me", signer.token())
+            assert seen["environment"]["WHISPR_VALKEY_URL"] == valkey.url
+            assert f":{postgres.port}/whispr_user" in seen["environment"]["WHISPR_USER_DATABASE_URL"]
+            assert first.description()["postgres"] == {"url": postgres.url, "pid": None}
+            assert not (first.layout.postgres / "data").exists()
+            second = make(open_folder / "second", **external)
+            with pytest.raises(StartFailed, match="password of another instance"):
+                await second.start()
+            await second.stop()
+    finally:
+        valkey.stop()
+        postgres.destroy()
+
+
+async def test_a_service_that_does_not_stay_up_is_told_with_its_last_words(open_folder: Path) -> None:
+    instance = make(open_folder / "data", entries=AUTH_AND_USER[:1])
+    instance._command = lambda service: [sys.executable, "-c", "raise SystemExit('no oil in the lamp')"]
+    with pytest.raises(StartFailed, match=r"auth does not stay up(.|\n)*no oil in the lamp"):
+        await instance.start()
+    await instance.stop()
+    assert not listening(instance.ports["postgres"]), "what was started is stopped"
+    instance.destroy()
+
+
+async def test_one_data_folder_and_one_port_serve_one_instance(
+    open_folder: Path, signer: Signer, standin_environment: None
+) -> None:
+    async with running(make(open_folder / "data")) as instance:
+        again = make(open_folder / "data")
+        with pytest.raises(AlreadyRunning, match=instance.url):
+            await again.start()
+        await again.stop()
+        elsewhere = make(open_folder / "elsewhere")
+        elsewhere.settings.port = instance.settings.port
+        with pytest.raises(PortInUse):
+            await elsewhere.start()
+        await elsewhere.stop()
+        assert (await ask(f"{instance.url}/readyz"))[0] == 200
+        assert instance.layout.run_file.exists()
+
+
+async def test_readyz_says_which_service_is_away(open_folder: Path, standin_environment: None) -> None:
+    async with running(make(open_folder / "data")) as instance:
+        child = instance.children["user"]
+        await child.stop()
+
+        async def is_told() -> bool:
+            status, body = await ask(f"{instance.url}/readyz")
+            return status == 503 and body["services"] == {"auth": "ready", "user": "unavailable"}
+
+        await eventually(is_told)
+
+
+def test_a_folder_that_cannot_hold_data_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(InstanceError, match="Choose another folder"):
+        make(file / "data").layout.make()
+
+
+def test_limits_are_not_lifted_in_production(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHISPR_RATE_LIMITS", "off")
+    with pytest.raises(InstanceError, match="refused in production"):
+        instance_settings(environment="production")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("WHISPR_PORT", "0"), ("WHISPR_PORT", "x"), ("WHISPR_GATEWAY", "nginx")]
+)
+def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, variable: str, value: str) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(InstanceError, match=variable):
+        instance_settings()
+
+
+def test_a_database_url_keeps_the_server_and_its_options() -> None:
+    made = url_of(
+        "postgresql://admin:a%40b@db.example:6432/postgres?sslmode=require",
+        "whispr_auth",
+        "whispr_auth",
+        "p/w",
+    )
+    assert made == "postgresql://whispr_auth:p%2Fw@db.example:6432/whispr_auth?sslmode=require"
+
+
+def test_files_of_the_instance_are_its_owners_alone(open_folder: Path) -> None:
+    instance = make(open_folder / "data")
+    instance.layout.make()
+    secret = instance.layout.secret("valkey")
+    assert secret == instance.layout.secret("valkey")
+    assert instance.layout.secrets.stat().st_mode & 0o077 == 0
+    assert (instance.layout.secrets / "valkey").stat().st_mode & 0o077 == 0
