@@ -168,10 +168,9 @@ def _check_may_add(row: ConversationRow | None, actor: MemberRow | None, role: R
     if row is None or actor is None:
         raise ConversationNotFound
     _check_open_group(row)
-    if actor.role is Role.MEMBER:
-        raise NotAllowed("Only the owner and admins add members.")
+    # A plain member gives none, and so adds nobody.
     if role.rank >= actor.role.rank:
-        raise NotAllowed("One gives only roles below one's own.")
+        raise NotAllowed("One adds people only in roles below one's own.")
 
 
 def _role_changes(actor: MemberRow, target: MemberRow, role: Role) -> list[tuple[UUID, Role]]:
