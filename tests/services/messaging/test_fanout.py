@@ -25,6 +25,8 @@ from whispr.services.messaging.service.events import EventBus
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.store import conversations, history
 
+ALWAYS = {"user:notices", "messaging:nodes"}
+
 Open = Callable[..., Awaitable[Line]]
 
 
@@ -74,6 +76,7 @@ async def until(condition: Callable[[], object], timeout: float = 5.0) -> None:
 async def nodes(messaging_db: Database, valkey_url: str) -> AsyncIterator[tuple[BusNode, BusNode]]:
     one, two = BusNode(messaging_db, valkey_url), BusNode(messaging_db, valkey_url)
     async with one.running(), two.running():
+        await until(lambda: all("messaging:nodes" in node.cache.subscribed for node in (one, two)))
         yield one, two
 
 
@@ -119,7 +122,7 @@ async def test_nodes_hear_only_of_what_they_serve(
     one.bus.publish(await append(messaging_db, other))
     await until(lambda: two.got)
     assert {event.conversation_id for event in two.got} == {other}
-    assert two.cache.subscribed == {"user:notices", f"messaging:shard:{other.int % 64}"}
+    assert two.cache.subscribed == {*ALWAYS, f"messaging:shard:{other.int % 64}"}
     assert one.got == []
 
 
@@ -214,7 +217,7 @@ async def test_idle_shards_are_left(nodes: tuple[BusNode, BusNode], room: UUID) 
     await two.serve(room)
     two.bus.release(room)
     two.bus.suspect()
-    await until(lambda: two.cache.subscribed == {"user:notices"})
+    await until(lambda: two.cache.subscribed == ALWAYS)
 
 
 async def test_notices_reach_every_node_once(nodes: tuple[BusNode, BusNode]) -> None:
@@ -232,6 +235,44 @@ async def test_notices_reach_every_node_once(nodes: tuple[BusNode, BusNode]) -> 
     await one.cache.publish("user:notices", b"nonsense")
     await until(lambda: len(one.notices) == len(two.notices) == 3)
     assert two.notices[-1] == (people[0], device, "prekeys_low", b'{"remaining":3}')
+
+
+async def test_node_that_is_alone_publishes_nothing(
+    messaging_db: Database, valkey_url: str, room: UUID
+) -> None:
+    one, two = BusNode(messaging_db, valkey_url), BusNode(messaging_db, valkey_url)
+    async with one.running():
+        await one.serve(room)
+        await until(lambda: one.bus._alone)
+        published: list[bytes] = []
+        one.cache.subscribe(f"messaging:shard:{room.int % 64}", published.append)
+        one.bus.publish(await append(messaging_db, room))
+        one.bus.notice([uuid4()], "conversation_added", {})
+        assert one.seqs(room) == [1]
+        async with two.running():
+            await until(lambda: not one.bus._alone)
+            await two.serve(room, head=1)
+            one.bus.publish(await append(messaging_db, room))
+            await until(lambda: two.got)
+            assert two.seqs(room) == [2]
+        assert len(published) == 1
+        assert len(one.notices) == 1
+        await until(lambda: one.bus._alone)
+
+
+async def test_newcomer_finds_what_was_not_published_for_it(
+    messaging_db: Database, valkey_url: str, room: UUID
+) -> None:
+    """The other node believes itself alone for a moment longer."""
+    one, two = BusNode(messaging_db, valkey_url), BusNode(messaging_db, valkey_url)
+    async with one.running():
+        await until(lambda: one.bus._alone)
+        async with two.running():
+            await two.serve(room)
+            one.bus._alone = True
+            one.bus.publish(await append(messaging_db, room))
+            await until(lambda: two.got, 4.0)
+            assert two.seqs(room) == [1]
 
 
 async def test_unreadable_shard_message_is_survived(

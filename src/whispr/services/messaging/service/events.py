@@ -3,6 +3,8 @@
 Valkey carries hints. A node keeps, for each conversation it serves, the number of the last event it delivered: what it has
 is dropped, what is ahead waits, and a hole is read from PostgreSQL. Heads are compared with PostgreSQL every few seconds
 and whenever hints may have been missed, so that a loss is a delay and never a hole.
+
+A node that is alone publishes nothing: its own echo would cost it more than the rest of the delivery.
 """
 
 from __future__ import annotations
@@ -18,14 +20,27 @@ import msgspec
 from whispr.kit.cache import LOST_CACHE, Cache
 from whispr.kit.errors import Failure
 from whispr.kit.telemetry import get_logger
-from whispr.services.messaging.models import CommittedEvent, Content
+from whispr.services.messaging.models import CommittedEvent
+from whispr.services.messaging.service.packing import (
+    Notice,
+    PackedBatch,
+    PackedHint,
+    decode_batch,
+    decode_notice,
+    encode_batch,
+    pack,
+    unpack,
+)
 
 log = get_logger(__name__)
 
 SHARDS: Final = 64
 NOTICES: Final = "user:notices"
+NODES: Final = "messaging:nodes"
+"""Every node listens here and says hello when it begins to."""
 
 COMPARE_SECONDS: Final = 10.0
+SURVEY_SECONDS: Final = 1.0
 
 # Events of two nodes cross on the way. Only a hole that stays is worth a query.
 HOLE_SECONDS: Final = 0.03
@@ -55,35 +70,6 @@ class Log(Protocol):
         """The newest `seq` of each conversation."""
 
 
-class _Event(msgspec.Struct, array_like=True, gc=False):
-    conversation: bytes
-    seq: int
-    event: str
-    payload: bytes
-    shared: bytes | None
-    envelopes: dict[bytes, bytes] | None
-
-
-class _Hint(msgspec.Struct, array_like=True, gc=False):
-    conversation: bytes
-    kind: str
-    body: bytes
-
-
-class _Batch(msgspec.Struct, array_like=True):
-    events: list[_Event]
-    hints: list[_Hint]
-
-
-class _Notice(msgspec.Struct):
-    event: str
-    payload: msgspec.Raw
-    user_id: UUID | None = None
-    user_ids: list[UUID] = []
-    device_id: UUID | None = None
-    node: str = ""
-
-
 class _Feed:
     """A served conversation. `head`: the last event delivered, None until the first join has read it. `known`: the newest
     one heard of."""
@@ -108,12 +94,14 @@ class EventBus:
         self._feeds: dict[UUID, _Feed] = {}
         self._shards: dict[int, int] = {}
         self._unproven: set[int] = set()
-        self._outgoing: dict[int, _Batch] = {}
+        self._outgoing: dict[int, PackedBatch] = {}
         self._outgoing_size = 0
         self._notices: list[bytes] = []
         self._publisher: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._fills = asyncio.Semaphore(_MAX_FILLS)
+        self._alone = False
+        self._hellos = 0
         self._compare_now = asyncio.Event()
         self._all_suspect = False
         self._sinks: list[Sink] = []
@@ -122,9 +110,12 @@ class EventBus:
         self._notice_sinks: list[NoticeSink] = []
 
     def start(self) -> None:
-        """Listen for notices, and for losses of Valkey."""
+        """Listen for notices, for other nodes, and for losses of Valkey."""
         self._cache.subscribe(NOTICES, self._hear_notice)
+        self._cache.subscribe(NODES, self._hear_node)
         self._cache.on_reconnect(self.suspect)
+        self._cache.on_reconnect(self._arrive)
+        self._arrive()
 
     def on_events(self, sink: Sink) -> None:
         """Call `sink` with the next events of a served conversation: dense, in order, each once."""
@@ -186,16 +177,17 @@ class EventBus:
             by_conversation.setdefault(event.conversation_id, []).append(event)
         for conversation_id, group in by_conversation.items():
             self._take(conversation_id, group)
-            if self._outgoing_size < _MAX_OUTGOING:
+            if not self._alone and self._outgoing_size < _MAX_OUTGOING:
                 batch = self._batch(conversation_id)
-                batch.events += map(_pack, group)
+                batch.events += map(pack, group)
                 self._outgoing_size += len(group)
-        self._send()
+        if self._outgoing:
+            self._send()
 
     def hint(self, conversation_id: UUID, kind: str, body: bytes) -> None:
         """Tell the other nodes something about a conversation that may be lost."""
-        if self._outgoing_size < _MAX_OUTGOING:
-            self._batch(conversation_id).hints.append(_Hint(conversation_id.bytes, kind, body))
+        if not self._alone and self._outgoing_size < _MAX_OUTGOING:
+            self._batch(conversation_id).hints.append(PackedHint(conversation_id.bytes, kind, body))
             self._outgoing_size += 1
             self._send()
 
@@ -206,8 +198,8 @@ class EventBus:
         raw = payload if isinstance(payload, msgspec.Raw) else msgspec.Raw(msgspec.json.encode(payload))
         for user_id in user_ids:
             self._deliver_notice(user_id, device_id, event, raw)
-        if user_ids and len(self._notices) < _MAX_OUTGOING:
-            notice = _Notice(
+        if user_ids and not self._alone and len(self._notices) < _MAX_OUTGOING:
+            notice = Notice(
                 event=event, payload=raw, user_ids=list(user_ids), device_id=device_id, node=self._node.hex()
             )
             self._notices.append(msgspec.json.encode(notice))
@@ -219,7 +211,13 @@ class EventBus:
         self._compare_now.set()
 
     async def run(self) -> None:
-        """Compare heads, for ever: all of them every `COMPARE_SECONDS`, some sooner when there is a reason."""
+        """Compare heads and look for other nodes, for ever."""
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._run_compares())
+            loops.create_task(self._run_surveys())
+
+    async def _run_compares(self) -> None:
+        """All heads every `COMPARE_SECONDS`, some sooner when there is a reason."""
         loop = asyncio.get_running_loop()
         due = loop.time() + COMPARE_SECONDS
         while True:
@@ -244,6 +242,41 @@ class EventBus:
             await asyncio.wait([self._publisher])
         for task in tuple(self._tasks):
             task.cancel()
+
+    # Other nodes.
+
+    def _arrive(self) -> None:
+        """Be heard of by the other nodes, and look again at what they did before they knew."""
+        self._alone = False
+        self._hold(self._say_hello())
+
+    async def _say_hello(self) -> None:
+        while NODES not in self._cache.subscribed:  # noqa: ASYNC110 (the cache tells nobody)
+            await asyncio.sleep(_RETRY_SECONDS / 10)
+        try:
+            await self._cache.publish(NODES, self._node)
+        except Failure as failure:
+            log.warning("hello_lost", code=failure.code)
+        # Those who missed the hello find us in their next survey.
+        await asyncio.sleep(SURVEY_SECONDS * 1.5)
+        self.suspect()
+
+    def _hear_node(self, node: bytes) -> None:
+        if node != self._node:
+            self._hellos += 1
+            self._alone = False
+
+    async def _run_surveys(self) -> None:
+        while True:
+            await asyncio.sleep(SURVEY_SECONDS)
+            hellos = self._hellos
+            try:
+                ((_, listeners),) = await self._cache.client.pubsub_numsub(NODES)
+            except LOST_CACHE:
+                self._alone = False
+                continue
+            # A hello during the question may be newer than its answer.
+            self._alone = listeners == 1 and NODES in self._cache.subscribed and hellos == self._hellos
 
     # Taking events in.
 
@@ -359,11 +392,11 @@ class EventBus:
 
     # Between nodes.
 
-    def _batch(self, conversation_id: UUID) -> _Batch:
+    def _batch(self, conversation_id: UUID) -> PackedBatch:
         shard = conversation_id.int % SHARDS
         batch = self._outgoing.get(shard)
         if batch is None:
-            batch = self._outgoing[shard] = _Batch([], [])
+            batch = self._outgoing[shard] = PackedBatch([], [])
         return batch
 
     def _send(self) -> None:
@@ -379,7 +412,7 @@ class EventBus:
                 self._outgoing_size = 0
                 pipeline = self._cache.client.pipeline(transaction=False)
                 for shard, batch in outgoing.items():
-                    pipeline.publish(_channel(shard), self._node + _encode_batch(batch))
+                    pipeline.publish(_channel(shard), self._node + encode_batch(batch))
                 for notice in notices:
                     pipeline.publish(NOTICES, notice)
                 try:
@@ -394,14 +427,14 @@ class EventBus:
         if data.startswith(self._node):
             return
         try:
-            batch = _decode_batch(memoryview(data)[_NODE_BYTES:])
+            batch = decode_batch(memoryview(data)[_NODE_BYTES:])
         except msgspec.MsgspecError:
             log.warning("shard_message_unreadable", size=len(data))
             self.suspect()
             return
         groups: dict[bytes, list[CommittedEvent]] = {}
         for packed in batch.events:
-            groups.setdefault(packed.conversation, []).append(_unpack(packed))
+            groups.setdefault(packed.conversation, []).append(unpack(packed))
         for key, events in groups.items():
             self._take(UUID(bytes=key), events)
         for hint in batch.hints:
@@ -412,7 +445,7 @@ class EventBus:
 
     def _hear_notice(self, data: bytes) -> None:
         try:
-            notice = _decode_notice(data)
+            notice = decode_notice(data)
         except msgspec.MsgspecError:
             log.warning("notice_unreadable", size=len(data))
             return
@@ -434,36 +467,5 @@ class EventBus:
         task.add_done_callback(self._tasks.discard)
 
 
-_encode_batch = msgspec.msgpack.Encoder().encode
-_decode_batch = msgspec.msgpack.Decoder(_Batch).decode
-_decode_notice = msgspec.json.Decoder(_Notice).decode
-
-
 def _channel(shard: int) -> str:
     return f"messaging:shard:{shard}"
-
-
-def _pack(event: CommittedEvent) -> _Event:
-    content = event.content
-    if content is None:
-        return _Event(event.conversation_id.bytes, event.seq, event.event, event.payload, None, None)
-    envelopes = content.envelopes
-    return _Event(
-        event.conversation_id.bytes,
-        event.seq,
-        event.event,
-        event.payload,
-        content.shared,
-        None if envelopes is None else {device.bytes: body for device, body in envelopes.items()},
-    )
-
-
-def _unpack(packed: _Event) -> CommittedEvent:
-    content = None
-    if packed.shared is not None or packed.envelopes is not None:
-        envelopes = packed.envelopes
-        content = Content(
-            packed.shared,
-            None if envelopes is None else {UUID(bytes=device): body for device, body in envelopes.items()},
-        )
-    return CommittedEvent(UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 from uuid import UUID
 
@@ -186,12 +187,13 @@ class Sending:
         return signing_key
 
     def _judge_contact(self, conversation: Conversation, sender_id: UUID) -> None:
-        others = [user_id for user_id in conversation.members if user_id != sender_id]
-        try:
-            refusals = [self._contact.refusal(sender_id, other) for other in others]
-        except KeyError:
-            raise _Missing(lambda: self._contact.load(sender_id, others)) from None
-        for refusal in refusals:
+        for other in conversation.members:
+            if other == sender_id:
+                continue
+            try:
+                refusal = self._contact.refusal(sender_id, other)
+            except KeyError:
+                raise _Missing(partial(self._contact.load, sender_id, [other])) from None
             if refusal is not None:
                 raise refusal
 
