@@ -7,9 +7,10 @@ from datetime import timedelta
 from uuid import uuid4
 
 import pytest
-from tests.services.auth.house import AuthHouse, code, until
+from tests.services.auth.house import ORIGIN, AuthHouse, caller_of, code, new_device, register, rules, until
 from tests.stack import PASSWORD
 
+from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection
 from whispr.kit.identity import Revocation
 
@@ -184,3 +185,13 @@ async def test_an_access_token_expires(house: AuthHouse) -> None:
     person = await house.register()
     house.clock.advance(601)
     assert code(await house.call("GET", "/devices", person)) == (401, "token_expired")
+
+
+async def test_without_valkey_nothing_fails_and_revocations_can_still_be_read(rules_url: str) -> None:
+    clock = ManualClock()
+    async with rules(rules_url, "redis://127.0.0.1:1/0", clock) as auth:
+        username, tokens = await register(auth)
+        await auth.entry.log_in(username, PASSWORD, ORIGIN, device=new_device())
+        await auth.sessions.log_out(caller_of(tokens))
+        told = await auth.source.revocations(clock.now())
+        assert Revocation(subject="session", id=tokens.session_id, at=clock.now()) in told

@@ -48,7 +48,7 @@ class AuthSettings(ServiceSettings):
     keys_check_seconds: float = Field(default=60, gt=0)
     cleanup_seconds: float = Field(default=600, gt=0)
 
-    register_limit: int = Field(default=20, ge=1)
+    register_limit: int = Field(default=60, ge=1)
     register_period: float = Field(default=3600, gt=0)
     login_ip_limit: int = Field(default=60, ge=1)
     login_ip_period: float = Field(default=60, gt=0)

@@ -49,14 +49,13 @@ async def lasting(
 async def add_one_time(
     tx: Connection, device_id: UUID, kind: OneTimeKind, keys: Sequence[OneTimeKey], digests: Sequence[bytes]
 ) -> None:
-    """Append keys in their order; those stored already or spent before are passed over."""
+    """Append keys in their order; those stored already are passed over. `drop_spent` must follow."""
     await tx.execute(
         """
         INSERT INTO one_time_prekeys (device_id, kind, key_id, public_key, signature, digest)
         SELECT $1, $2, k.key_id, k.public_key, k.signature, k.digest
         FROM unnest($3::bigint[], $4::bytea[], $5::bytea[], $6::bytea[]) WITH ORDINALITY
             AS k (key_id, public_key, signature, digest, place)
-        WHERE NOT EXISTS (SELECT FROM spent_prekeys s WHERE s.device_id = $1 AND s.digest = k.digest)
         ORDER BY k.place
         ON CONFLICT DO NOTHING
         """,
@@ -70,9 +69,10 @@ async def add_one_time(
 
 
 async def drop_spent(tx: Connection, device_id: UUID) -> None:
-    """Remove keys that were being handed out while they were added again.
+    """Remove keys that were handed out before they were added again.
 
-    The insert waits for such a claim to commit and then goes ahead, but looked at the spent keys before.
+    A statement after the insert, not a condition of it: an insert that waits for a claim to commit has looked at the
+    spent keys before that claim.
     """
     await tx.execute(
         """
