@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from tests.services.auth.house import AuthHouse, caller_of, code, register, rules, until
-from tests.stack import PASSWORD, DeviceKeys
+from tests.stack import PASSWORD, DeviceKeys, Stack
 
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection, Database
@@ -143,3 +144,31 @@ async def test_a_password_changed_meanwhile_proves_nothing(rules_url: str, valke
         await auth.accounts.change_password(caller, PASSWORD, "another good one")
         async with auth.accounts._db.transaction() as tx:
             assert not await auth.accounts._credentials.lock_unchanged(tx, account)
+
+
+async def test_user_and_messaging_are_told_over_the_wire(stack: Stack) -> None:
+    person, other = await stack.register(), await stack.register()
+    mine = f"{stack.user.url}/api/v1/users/me"
+    assert (await stack.http.get(mine, headers=person.headers)).status_code == 200
+    theirs = f"{stack.user.url}/api/v1/users/{person.user_id}"
+    assert (await stack.http.get(theirs, headers=other.headers)).status_code == 200
+    answer = await stack.http.request(
+        "DELETE", f"{stack.auth.url}/api/v1/auth/account", json={"password": PASSWORD}, headers=person.headers
+    )
+    assert answer.status_code == 204
+    database = next(iter(stack.auth.running.context.databases.values()))
+
+    async def waiting() -> set[str]:
+        async with database.connection() as connection:
+            query = "SELECT topic FROM outbox WHERE payload->>'user_id' = $1"
+            return {row["topic"] for row in await connection.fetch(query, str(person.user_id))}
+
+    for _ in range(100):
+        stack.clock.advance(1)
+        if await waiting() == {f"erase_user.{s}" for s in ERASING_SERVICES if s not in ("user", "messaging")}:
+            break
+        await asyncio.sleep(0.05)
+    else:
+        pytest.fail(f"still waiting: {await waiting()}")
+    assert (await stack.http.get(theirs, headers=other.headers)).status_code == 404
+    assert (await stack.http.get(mine, headers=person.headers)).status_code == 401
