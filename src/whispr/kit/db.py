@@ -48,7 +48,8 @@ class Database:
 
     `acquire_timeout` (seconds) is how long a caller waits for a connection, a restarting server included: a crash of
     PostgreSQL that its supervisor mends in time is a delay and no error. `settings` are server settings of every
-    connection.
+    connection. `stateless` users leave nothing behind in a session, and are spared the round trip that clears it after
+    each use; a connection that dies idle may then fail its next statement.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Database:
         command_timeout: float = 30.0,
         application_name: str = "whispr",
         settings: Mapping[str, str] | None = None,
+        stateless: bool = False,
     ) -> None:
         self._url = url
         self._pool_size = pool_size
@@ -67,6 +69,7 @@ class Database:
         self._command_timeout = command_timeout
         self._application_name = application_name
         self._settings = dict(settings or {})
+        self._stateless = stateless
         self._pool: asyncpg.Pool[Any] | None = None
 
     async def open(self, timeout: float = 30.0) -> None:
@@ -82,7 +85,7 @@ class Database:
                     timeout=5.0,
                     max_inactive_connection_lifetime=300.0,
                     init=_prepare_connection,
-                    reset=_reset_connection,
+                    reset=_rollback_only if self._stateless else None,
                     server_settings={
                         "application_name": self._application_name,
                         "timezone": "UTC",
@@ -168,8 +171,6 @@ async def _prepare_connection(connection: Connection) -> None:
         )
 
 
-async def _reset_connection(connection: Connection) -> None:
-    # Nothing here leaves anything behind in a session (no SET, LISTEN, cursor or advisory lock outlives its transaction),
-    # and the driver's own reset would cost every statement a second round trip.
+async def _rollback_only(connection: Connection) -> None:
     if connection.is_in_transaction():
         await connection.reset()

@@ -81,7 +81,11 @@ async def build(context: Context) -> Service:
         cursor_life=timedelta(days=settings.cursor_days),
     )
     sending_database = Database(
-        settings.database_url, pool_size=2, application_name="whispr-messaging-sending", settings=PLANNER
+        settings.database_url,
+        pool_size=2,
+        application_name="whispr-messaging-sending",
+        settings=PLANNER,
+        stateless=True,
     )
     devices = Devices(auth, clock)
     contact = Contact(user, clock)
