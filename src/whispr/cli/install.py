@@ -102,7 +102,7 @@ def install_with_uv(root: Path, groups: list[str], python: Path) -> bool:
         return False
     command = [uv, "pip", "install", "--python", str(python), "--require-hashes", "--only-binary", ":all:"]
     quiet = [] if sys.stderr.isatty() else ["--quiet"]
-    environment = {**package_index(), **os.environ}
+    environment = {**package_index(), **system_certificates(), **os.environ}
     outcome = subprocess.run(
         [*command, *quiet, *requirement_files(root, groups)], env=environment, check=False
     )
@@ -110,6 +110,14 @@ def install_with_uv(root: Path, groups: list[str], python: Path) -> bool:
         return True
     say("uv could not install; trying pip.")
     return False
+
+
+def system_certificates() -> dict[str, str]:
+    """Lets uv trust whom this machine trusts, as pip does: a company's proxy has a certificate of its own."""
+    store = Path("/etc/ssl/certs/ca-certificates.crt")
+    return (
+        {"UV_SYSTEM_CERTS": "1"} if store.exists() or sys.platform == "darwin" else {}
+    )
 
 
 def package_index() -> dict[str, str]:
