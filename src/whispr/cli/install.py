@@ -115,9 +115,7 @@ def install_with_uv(root: Path, groups: list[str], python: Path) -> bool:
 def system_certificates() -> dict[str, str]:
     """Lets uv trust whom this machine trusts, as pip does: a company's proxy has a certificate of its own."""
     store = Path("/etc/ssl/certs/ca-certificates.crt")
-    return (
-        {"UV_SYSTEM_CERTS": "1"} if store.exists() or sys.platform == "darwin" else {}
-    )
+    return {"UV_SYSTEM_CERTS": "1"} if store.exists() or sys.platform == "darwin" else {}
 
 
 def package_index() -> dict[str, str]:
