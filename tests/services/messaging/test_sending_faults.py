@@ -190,8 +190,8 @@ async def test_chaos_of_faults_and_retries(messaging_url: str, valkey_url: str) 
         conversation_id, one, two = await bench.pair()
         acknowledged: dict[int, object] = {}
 
-        async def device(sender: object, count: int) -> None:
-            for _ in range(count):
+        async def device(sender: object) -> None:
+            while proxy.cuts < 12:
                 draft = sender.draft(conversation_id)  # type: ignore[attr-defined]
                 while isinstance(outcome := await bench.outcome(draft), Failure):
                     assert outcome.kind == "unavailable", outcome
@@ -208,14 +208,13 @@ async def test_chaos_of_faults_and_retries(messaging_url: str, valkey_url: str) 
                 proxy.cut = dice.choice(["request", "half", "answer"])
 
         making = asyncio.create_task(trouble())
-        await asyncio.gather(*(device(sender, 25) for sender in (one, two) for _ in range(4)))
+        await asyncio.gather(*(device(sender) for sender in (one, two) for _ in range(4)))
         making.cancel()
-        assert proxy.cuts >= 5
         async with bench.db.connection() as connection:
             rows = await connection.fetch(
                 "SELECT seq, client_id FROM messages WHERE conversation_id = $1 ORDER BY seq", conversation_id
             )
-        assert [row["seq"] for row in rows] == list(range(1, 201))
+        assert [row["seq"] for row in rows] == list(range(1, len(acknowledged) + 1))
         assert {row["seq"]: row["client_id"] for row in rows} == acknowledged
         told = [event.seq for event in bench.published]
         assert len(told) == len(set(told)), "nobody is told twice"

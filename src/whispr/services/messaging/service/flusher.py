@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
@@ -264,13 +265,12 @@ class Flusher:
         """Store the batch however long the database is away, within the patience. Raises `Unavailable`."""
         rows = [admitted.row() for admitted in batch]
         sent_at = self._clock.now()
-        loop = asyncio.get_running_loop()
         deadline = batch[0].submitted_at + self._patience
         while True:
             try:
-                return await self._store(rows, sent_at, max(0.1, min(deadline - loop.time(), 2.0)))
+                return await self._store(rows, sent_at, max(0.1, min(deadline - time.monotonic(), 2.0)))
             except Unavailable:
-                if loop.time() >= deadline:
+                if time.monotonic() >= deadline:
                     raise
                 await asyncio.sleep(random.uniform(0.02, 0.1))
             except Exception:

@@ -7,6 +7,7 @@ is not at hand is loaded while the conversation's later drafts queue behind, so 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -267,7 +268,7 @@ class Sending:
         raise Unavailable(retry_after=1)
 
     def _admit(self, parsed: Parsed, signing_key: bytes, on_done: OnDone) -> None:
-        self._flusher.add(Admitted(parsed, signing_key, on_done, asyncio.get_running_loop().time()))
+        self._flusher.add(Admitted(parsed, signing_key, on_done, time.monotonic()))
 
     def _refuse(self, parsed: Parsed, on_done: OnDone, failure: Failure) -> None:
         """Refuse, unless the message was stored before the ground for it arose and only its answer was lost."""

@@ -17,8 +17,8 @@ from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_fro
 PLANNER: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
-    "enable_hashjoin": "off",
     "enable_mergejoin": "off",
+    "jit": "off",
 }
 """Server settings for connections that run `store_batch`.
 
@@ -118,7 +118,8 @@ async def store_batch(
 
 _OUTCOMES: Final = tuple(Outcome)
 
-# `earlier` is LATERAL with a LIMIT so that it can only be one index lookup per message, in one partition.
+# What grows is looked up LATERAL with a LIMIT, so that it can only be one index lookup per message (in one partition);
+# what is made here is carried along or hashed, never joined row by row with itself.
 _STORE_BATCH = """
 WITH draft AS MATERIALIZED (
     SELECT * FROM unnest(
@@ -131,33 +132,39 @@ WITH draft AS MATERIALIZED (
 ), locked AS MATERIALIZED (
     SELECT id, last_seq, is_active FROM conversations WHERE id = ANY($13::uuid[]) ORDER BY id FOR UPDATE
 ), room AS MATERIALIZED (
-    SELECT locked.id, locked.last_seq, locked.is_active, locked.last_seq = seen.last_seq AS is_current
-    FROM locked LEFT JOIN conversations seen ON seen.id = locked.id
-), judged AS MATERIALIZED (
-    SELECT d.ord, d.conversation_id, d.id, earlier.id AS earlier_id, earlier.seq AS earlier_seq,
-        earlier.sent_at AS earlier_sent_at, room.last_seq,
-        CASE
-            WHEN earlier.id IS NOT NULL THEN CASE WHEN earlier.content_sha256 = d.content_sha256 THEN 1 ELSE 2 END
-            WHEN room.id IS NULL THEN 3
-            WHEN room.is_current IS NOT TRUE THEN 5
-            WHEN m.user_id IS NULL THEN 3
-            WHEN NOT room.is_active THEN 4
-            ELSE 0
-        END AS outcome
-    FROM draft d
-    LEFT JOIN room ON room.id = d.conversation_id
-    LEFT JOIN conversation_members m
-        ON m.conversation_id = d.conversation_id AND m.user_id = d.sender_id AND m.is_active
-    LEFT JOIN LATERAL (
-        SELECT e.id, e.seq, e.sent_at, e.content_sha256 FROM messages e
-        WHERE e.conversation_id = d.conversation_id AND e.sender_device_id = d.sender_device_id
-            AND e.client_id = d.client_id
-        LIMIT 1
-    ) earlier ON true
+    SELECT id, last_seq, is_active,
+        last_seq = (SELECT seen.last_seq FROM conversations seen WHERE seen.id = locked.id) AS is_current
+    FROM locked
 ), numbered AS MATERIALIZED (
-    SELECT ord, conversation_id, id, outcome, earlier_id, earlier_seq, earlier_sent_at,
+    SELECT judged.*,
         last_seq + count(*) FILTER (WHERE outcome = 0) OVER (PARTITION BY conversation_id ORDER BY ord) AS seq
-    FROM judged
+    FROM (
+        SELECT d.*, room.last_seq,
+            earlier.id AS earlier_id, earlier.seq AS earlier_seq, earlier.sent_at AS earlier_sent_at,
+            CASE
+                WHEN earlier.id IS NOT NULL THEN CASE WHEN earlier.content_sha256 = d.content_sha256 THEN 1 ELSE 2 END
+                WHEN room.id IS NULL THEN 3
+                WHEN room.is_current IS NOT TRUE THEN 5
+                WHEN member.is_active IS NOT TRUE THEN 3
+                WHEN NOT room.is_active THEN 4
+                ELSE 0
+            END AS outcome
+        FROM draft d
+        LEFT JOIN room ON room.id = d.conversation_id
+        LEFT JOIN LATERAL (
+            -- is_active is judged outside: inside it would invite the index by user, a walk through all of a person's
+            -- conversations.
+            SELECT m.is_active FROM conversation_members m
+            WHERE m.conversation_id = d.conversation_id AND m.user_id = d.sender_id
+            LIMIT 1
+        ) member ON true
+        LEFT JOIN LATERAL (
+            SELECT e.id, e.seq, e.sent_at, e.content_sha256 FROM messages e
+            WHERE e.conversation_id = d.conversation_id AND e.sender_device_id = d.sender_device_id
+                AND e.client_id = d.client_id
+            LIMIT 1
+        ) earlier ON true
+    ) judged
 ), span AS MATERIALIZED (
     SELECT conversation_id, min(seq) AS first_seq, max(seq) AS last_seq
     FROM numbered WHERE outcome = 0 GROUP BY conversation_id
@@ -166,9 +173,9 @@ WITH draft AS MATERIALIZED (
         conversation_id, seq, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256,
         signature, reply_to_id, media_ids, expires_in, sent_at
     )
-    SELECT d.conversation_id, n.seq, d.id, d.sender_id, d.sender_device_id, d.client_id, d.message_type, d.content,
-        d.content_sha256, d.signature, d.reply_to_id, d.media_ids::uuid[], d.expires_in, $14::timestamptz
-    FROM numbered n JOIN draft d ON d.ord = n.ord WHERE n.outcome = 0
+    SELECT conversation_id, seq, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256,
+        signature, reply_to_id, media_ids::uuid[], expires_in, $14::timestamptz
+    FROM numbered WHERE outcome = 0
 ), moved AS (
     UPDATE conversations c SET last_seq = span.last_seq, updated_at = $14 FROM span WHERE c.id = span.conversation_id
 ), announced AS (
