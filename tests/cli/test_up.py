@@ -182,24 +182,18 @@ def test_a_killed_part_comes_back_by_itself(up: Up, part: str) -> None:
     assert up.ask("/api/v1/users/me", token=session["access_token"])[0] == 200
 
 
-def test_term_stops_everything_and_leaves_no_process(up: Up) -> None:
-    pids = up.pids()
-    assert up.stop(signal.SIGTERM) == 0
-    assert [name for name, pid in pids.items() if not gone(pid)] == []
-    assert not (up.folder / "run.json").exists()
-    assert whispr("status", "--data", str(up.folder)).returncode == 3
-
-
-def test_killed_it_recovers_at_the_next_start_with_all_its_data(up: Up) -> None:
-    """Continues with the folder of the instance that was stopped above."""
-    again = Up(up.folder).wait_ready()
-    session = register(again)
-    pids = again.pids()
-    again.process.kill()
-    again.process.wait()
-    third = Up(up.folder, port=again.port).wait_ready()
-    try:
-        assert third.ask("/api/v1/users/me", token=session["access_token"])[0] == 200
+def test_killed_it_recovers_with_all_its_data_and_term_leaves_no_process() -> None:
+    with data_folder() as folder:
+        first = Up(folder).wait_ready()
+        session = register(first)
+        pids = first.pids()
+        first.process.kill()
+        first.process.wait()
+        second = Up(folder, port=first.port).wait_ready()
+        assert second.ask("/api/v1/users/me", token=session["access_token"])[0] == 200
         assert [name for name, pid in pids.items() if not gone(pid)] == []
-    finally:
-        assert third.stop(signal.SIGINT) == 0
+        pids = second.pids()
+        assert second.stop(signal.SIGTERM) == 0
+        assert [name for name, pid in pids.items() if not gone(pid)] == []
+        assert not (folder / "run.json").exists()
+        assert whispr("status", "--data", str(folder)).returncode == 3

@@ -26,7 +26,7 @@ def scenarios(folder: Path) -> dict[str, str]:
 def list_scenarios() -> None:
     console = Console()
     for name, line in scenarios(repository() / "bench").items():
-        console.print(f"  {name:<24} {line}", markup=False, highlight=False)
+        console.print(f"  {name:<24} {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def run_scenario(name: str, arguments: list[str]) -> int:

@@ -199,11 +199,9 @@ def test(context: typer.Context) -> None:
     from whispr.cli.places import repository
 
     os.chdir(repository())
-    parallel = (
-        []
-        if any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in context.args)
-        else ["-n", "2"]
-    )
+    chosen = any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in context.args)
+    # By module, so that what a module's tests share is started once.
+    parallel = [] if chosen else ["-n", "2", "--dist", "loadscope"]
     command = [sys.executable, "-m", "pytest", *parallel, *context.args]
     sys.stdout.flush()
     os.execv(command[0], command)  # noqa: S606 (pytest takes the place of this process, signals included)

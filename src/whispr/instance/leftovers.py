@@ -34,8 +34,10 @@ def is_of(root: Path, pid: int) -> bool:
         process = psutil.Process(pid)
         if process.status() == psutil.STATUS_ZOMBIE:
             return False
+        if process.environ().get(MARK) == str(root):
+            return True
         # Valkey writes its title over its environment; its working folder still tells.
-        return process.environ().get(MARK) == str(root) or Path(process.cwd()).is_relative_to(root)
+        return process.name().startswith("valkey") and Path(process.cwd()).is_relative_to(root)
     except (psutil.Error, OSError):
         return False
 

@@ -33,17 +33,18 @@ class Spare:
         self._process: subprocess.Popen[bytes] | None = None
 
     def warm(self) -> None:
-        """Starts a process to wait, unless one does."""
-        if self._process is None or self._process.poll() is not None:
+        """Starts a process to wait, unless one does, or one could not and ended: the next one would end likewise."""
+        if self._process is None:
             self._process = spawn(self._command, env=self._environment, log=self._log, keep_stdin=True)
 
     def become(
         self, service: str, environment: Mapping[str, str], log: Path
     ) -> "subprocess.Popen[bytes] | None":
         """Makes the waiting process run `service`; returns it, or None when there is none."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None or process.stdin is None or process.poll() is not None:
             return None
+        self._process = None
         order = {"service": service, "environment": dict(environment), "log": str(log)}
         try:
             process.stdin.write(json.dumps(order).encode() + b"\n")
