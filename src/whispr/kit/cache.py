@@ -134,18 +134,19 @@ class Cache:
                 callback()
         self._connected_before = True
         reader = asyncio.create_task(self._read(self._pubsub))
+        changed = asyncio.create_task(self._changed.wait())
         try:
             while True:
-                changed = asyncio.create_task(self._changed.wait())
                 done, _ = await asyncio.wait({reader, changed}, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
                 if reader in done:
                     reader.result()
                     return
                 await self._follow_handlers()
+                changed = asyncio.create_task(self._changed.wait())
         finally:
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            changed.cancel()
+            await asyncio.gather(reader, changed, return_exceptions=True)
 
     async def _follow_handlers(self) -> None:
         assert self._pubsub is not None
@@ -156,7 +157,10 @@ class Cache:
             (self._subscribed - wanted, self._pubsub.unsubscribe),
         ):
             if channels:
-                await asyncio.wait_for(change(*channels), 5)
+                # Not wait_for, which on 3.11 forgets a cancellation that arrives together with the answer: a process
+                # that stops just after it has unsubscribed would wait for this loop for ever.
+                async with asyncio.timeout(5):
+                    await change(*channels)
         self._subscribed = wanted
 
     async def _read(self, pubsub: PubSub) -> None:
@@ -176,7 +180,8 @@ class Cache:
             return
         pubsub, self._pubsub = self._pubsub, None
         with contextlib.suppress(*LOST_CACHE):
-            await asyncio.wait_for(pubsub.aclose(), 1)  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(1):
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
 # GCRA: the key holds the theoretical arrival time in microseconds of the server's clock, so that processes with

@@ -42,3 +42,4 @@ async def connect() -> AsyncIterator[Connect]:
     yield open_client
     for client in clients:
         client.abandon()
+

@@ -36,17 +36,21 @@ Groups = dict[str, list[msgspec.Raw]]
 """Metas by key."""
 
 
+_Changes = list[tuple[bool, Entry]]
+"""Entries that joined (true) or left (false), in order."""
+
+
 class _Topic:
     """What is known of a topic. Entries of other nodes are known only while someone here follows it."""
 
-    __slots__ = ("entries", "followers", "known", "missed")
+    __slots__ = ("entries", "followers", "known", "readings")
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
         self.followers: set[Channel] = set()
         self.known = False
-        # Changes that arrive while the topic is being read, to be applied on top; None while it is not.
-        self.missed: list[tuple[bool, Entry]] | None = None
+        # For each reading of the topic under way, the changes that have come since it began: what is read may be older.
+        self.readings: list[_Changes] = []
 
     def keys(self) -> set[str]:
         return {entry.key for entry in self.entries.values()}
@@ -125,7 +129,8 @@ class Presence:
         self._unwritten: list[_Diff] = []
         self._writer: asyncio.Task[None] | None = None
         self._nodes: set[str] = set()
-        self._behind = False
+        # Until the subscription stands, changes of other nodes go unheard.
+        self._behind = True
         self._wake = asyncio.Event()
         cache.on_reconnect(self._fell_behind)
 
@@ -258,11 +263,9 @@ class Presence:
         if not dirty:
             return
         self._tell(dirty)
-        self._unwritten += dirty.values()
         for topic in dirty:
             self._tidy(topic)
-        if self._writer is None:
-            self._writer = asyncio.get_running_loop().create_task(self._write())
+        self._start_writing(dirty.values())
 
     def _tell(self, diffs: dict[str, _Diff]) -> None:
         news: dict[Channel, list[_Diff]] = {}
@@ -307,12 +310,12 @@ class Presence:
 
     async def _beat(self, *, renew: bool) -> None:
         alive = await self._store.beat()
-        if not alive or self._behind:
-            self._behind = False
-            await self._store.write([entry for held in self._held.values() for entry in held], ())
-            await self._learn([topic for topic, record in self._topics.items() if record.followers])
         if renew:
             await self._store.renew(list({entry.topic for held in self._held.values() for entry in held}))
+        if renew or self._behind or not alive:
+            self._behind = not self._store.listening
+            await self._write_all()
+            await self._learn([topic for topic, record in self._topics.items() if record.followers])
         self._lose(await self._store.dead(self._nodes))
 
     def _fell_behind(self) -> None:
@@ -333,32 +336,40 @@ class Presence:
 
     async def _learn(self, topics: list[str]) -> None:
         """Read what other nodes have on `topics`. Without Valkey they stay unknown until it is back."""
-        records = {topic: self._topics[topic] for topic in topics}
-        for record in records.values():
-            if record.missed is None:
-                record.missed = []
+        readings: dict[str, tuple[_Topic, _Changes]] = {}
+        for topic in topics:
+            record, since = self._topics[topic], _Changes()
+            record.readings.append(since)
+            readings[topic] = record, since
+        loaded: dict[str, list[Entry]] = {}
         try:
             loaded = await self._store.load(topics) if topics else {}
         except LOST_CACHE as error:
             self._behind = True
             log.warning("presence_store_lost", during="load", error=type(error).__name__)
-            loaded = {}
+        finally:
+            for record, since in readings.values():
+                record.readings = [other for other in record.readings if other is not since]
         diffs: dict[str, _Diff] = {}
-        for topic, record in records.items():
-            missed, record.missed = record.missed or [], None
-            if topic in loaded and record.followers:
+        for topic, entries in loaded.items():
+            record, since = readings[topic]
+            if record.followers:
                 record.known = True
-                self._replace(record, loaded[topic], diffs.setdefault(topic, _Diff()))
-            for joined, entry in missed:
-                self._change(record, joined, entry, diffs.setdefault(topic, _Diff()))
+                self._settle(record, entries, since, diffs.setdefault(topic, _Diff()))
         self._tell(diffs)
 
-    def _replace(self, record: _Topic, entries: list[Entry], diff: _Diff) -> None:
-        loaded = {entry.ref for entry in entries}
+    def _settle(self, record: _Topic, entries: list[Entry], since: _Changes, diff: _Diff) -> None:
+        """Make `record` what was read, and what has changed since."""
+        others = {entry.ref: entry for entry in entries}
+        for joined, entry in since:
+            if joined:
+                others[entry.ref] = entry
+            else:
+                others.pop(entry.ref, None)
         for known in list(record.entries.values()):
-            if known.node != self.node and known.ref not in loaded:
+            if known.node != self.node and known.ref not in others:
                 self._change(record, False, known, diff)
-        for entry in entries:
+        for entry in others.values():
             self._change(record, True, entry, diff)
 
     def _change(self, record: _Topic, joined: bool, entry: Entry, diff: _Diff) -> None:
@@ -376,25 +387,43 @@ class Presence:
                 record = self._topics.get(entry.topic)
                 if record is None or not record.followers:
                     continue
-                if record.missed is not None:
-                    record.missed.append((joined, entry))
-                else:
-                    self._change(record, joined, entry, diffs.setdefault(entry.topic, _Diff()))
+                for since in record.readings:
+                    since.append((joined, entry))
+                self._change(record, joined, entry, diffs.setdefault(entry.topic, _Diff()))
         self._tell(diffs)
+
+    def _start_writing(self, diffs: Iterable[_Diff]) -> asyncio.Task[None]:
+        # Everything goes through one writer: an entry that is written while another task removes it would stay for good.
+        self._unwritten += diffs
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write())
+        return self._writer
+
+    async def _write_all(self) -> None:
+        """Store and announce everything this node holds, known to the others or not."""
+        # Else who is written here and goes before the next flush would count as never written.
+        self.flush()
+        everything = _Diff()
+        for held in self._held.values():
+            for entry in held:
+                everything.join(entry)
+        await asyncio.wait([self._start_writing([everything])])
 
     async def _write(self) -> None:
         """Store what changed, one batch after the other. What cannot be stored is caught up with later."""
         try:
             while self._unwritten:
                 diffs, self._unwritten = self._unwritten, []
-                joins = [entry for diff in diffs for entry in diff.joins.values()]
-                leaves = [entry for diff in diffs for entry in diff.leaves.values()]
+                leaves = {ref: entry for diff in diffs for ref, entry in diff.leaves.items()}
+                joins = {
+                    ref: entry for diff in diffs for ref, entry in diff.joins.items() if ref not in leaves
+                }
                 try:
-                    await self._store.write(joins, leaves)
+                    await self._store.write(list(joins.values()), list(leaves.values()))
                 except LOST_CACHE as error:
                     self._behind = True
                     log.warning("presence_store_lost", during="write", error=type(error).__name__)
-                await self._tell_offline(leaves)
+                await self._tell_offline(list(leaves.values()))
         finally:
             self._writer = None
 

@@ -8,6 +8,7 @@ whoever reads the hash after hearing of nothing has missed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -87,6 +88,11 @@ class PresenceStore:
         self._cache.subscribe(CHANNEL, receive)
         return lambda: self._cache.unsubscribe(CHANNEL, receive)
 
+    @property
+    def listening(self) -> bool:
+        """Whether changes of other nodes reach us now."""
+        return CHANNEL in self._cache.subscribed
+
     async def beat(self) -> bool:
         """Say that this node lives. False when the others may have thought otherwise since the last time."""
         previous = await self._cache.client.set(_node(self._node), b"1", px=int(self._ttl * 1000), get=True)
@@ -102,10 +108,8 @@ class PresenceStore:
 
     async def write(self, joins: Sequence[Entry], leaves: Sequence[Entry]) -> None:
         """Store changes of this node and announce them. Doing it twice does no harm."""
-        for chunk in _chunks(joins):
-            await self._apply(chunk, ())
-        for chunk in _chunks(leaves):
-            await self._apply((), chunk)
+        for joined, left in zip_longest(_chunks(joins), _chunks(leaves), fillvalue=()):
+            await self._apply(joined, left)
 
     async def _apply(self, joins: Sequence[Entry], leaves: Sequence[Entry]) -> None:
         pipeline = self._cache.client.pipeline(transaction=False)
