@@ -32,3 +32,12 @@ def free_port(taken: Collection[int] = ()) -> int:
         if port not in taken and is_free(port):
             return port
     raise InstanceError(f"No free TCP port between {FIRST} and {LAST} on 127.0.0.1.")
+
+
+def answers(host: str, port: int) -> bool:
+    """True when a server accepts connections there: one with SO_REUSEPORT would let us listen beside it unseen."""
+    try:
+        with socket.create_connection((host, port), timeout=0.5):
+            return True
+    except OSError:
+        return False

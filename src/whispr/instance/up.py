@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,12 +16,12 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import whispr
 from whispr.instance import gateway, logs
 from whispr.instance.catalog import Entry
-from whispr.instance.children import spawn
+from whispr.instance.children import raise_file_limit, spawn
 from whispr.instance.errors import InstanceError, PortInUse, StartFailed
 from whispr.instance.gateway import builtin, envoy
 from whispr.instance.layout import Layout, write_private
 from whispr.instance.leftovers import MARK, end_leftovers
-from whispr.instance.ports import is_free
+from whispr.instance.ports import answers, is_free
 from whispr.instance.postgres import EmbeddedPostgres
 from whispr.instance.readiness import Readiness
 from whispr.instance.serving import Spare
@@ -94,7 +92,7 @@ class Instance:
         self.layout.lock()
         await asyncio.to_thread(end_leftovers, self.layout.root, self.layout.read_record())
         self._claim_public_port()
-        _raise_file_limit()
+        raise_file_limit()
         self._choose_ports()
         await asyncio.gather(self._start_postgres(), self._start_valkey())
         await self._prepare_databases()
@@ -162,7 +160,7 @@ class Instance:
     # --- the parts ----------------------------------------------------------------------------------------------------
 
     def _claim_public_port(self) -> None:
-        if not is_free(self.settings.port, self.settings.host) or _answers(
+        if not is_free(self.settings.port, self.settings.host) or answers(
             self.settings.host, self.settings.port
         ):
             raise PortInUse(
@@ -481,24 +479,6 @@ def url_of(admin_url: str, database: str, user: str, password: str) -> str:
     where = parts.netloc.rpartition("@")[2]
     netloc = f"{quote(user, safe='')}:{quote(password, safe='')}@{where}"
     return urlunsplit((parts.scheme, netloc, f"/{database}", parts.query, ""))
-
-
-def _answers(host: str, port: int) -> bool:
-    """True when a server accepts connections there: one with SO_REUSEPORT would let us listen beside it unseen."""
-    try:
-        with socket.create_connection((host, port), timeout=0.5):
-            return True
-    except OSError:
-        return False
-
-
-def _raise_file_limit() -> None:
-    """Every socket of a person is a file or two of the gateway and of messaging; the default of 1,024 is soon reached."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 1_048_576
-    if soft < wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def supervise(instance: Instance, *, show_logs: bool = False) -> None:
