@@ -152,9 +152,10 @@ def test_signature_covers_conversation_client_id_and_content() -> None:
     )
 
 
+@pytest.mark.parametrize("threads", [0, 2])
 @pytest.mark.parametrize("count", [1, 3, 40])
-async def test_only_the_bad_signatures_of_a_batch_are_named(count: int) -> None:
-    checker = SignatureChecker(2)
+async def test_only_the_bad_signatures_of_a_batch_are_named(count: int, threads: int) -> None:
+    checker = SignatureChecker(threads)
     device, other = Device(uuid4()), Device(uuid4())
     drafts = [parse(device.draft(uuid4())) for _ in range(count)]
     claims = [(device.signing_key, one.signed, one.draft.signature) for one in drafts]

@@ -54,7 +54,7 @@ class Bench:
         self.directory = Directory(self.db, self.cache, self.clock)
         self.devices = Devices(self.auth, self.clock)
         self.contact = Contact(self.users, self.clock)
-        self.signatures = SignatureChecker(2)
+        self.signatures = SignatureChecker(0)
         self.published: list[CommittedEvent] = []
         self.doubts = 0
         self.sending = Sending(

@@ -22,7 +22,9 @@ class MessagingSettings(ServiceSettings):
     message_burst: int = Field(default=200, ge=1, description="Messages one device may send at once.")
     read_rate: float = Field(default=20, gt=0, description="Joins and syncs a second of one device.")
     read_burst: int = Field(default=1_000, ge=1, description="Joins and syncs of one device at once.")
-    signature_threads: int = Field(default=2, ge=1, le=16)
+    signature_threads: int = Field(
+        default=0, ge=0, le=16, description="That check signatures; 0: the event loop does. Pays with idle cores."
+    )
     cached_conversations: int = Field(default=20_000, ge=1)
     cached_members: int = Field(default=500_000, ge=1, description="Over all cached conversations.")
     receipt_detail_days: int = Field(
