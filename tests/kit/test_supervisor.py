@@ -75,3 +75,24 @@ async def test_stopping_waits_until_loops_have_cleaned_up() -> None:
     await asyncio.sleep(0)
     await supervisor.stop()
     assert cleaned
+
+
+async def test_stopping_ends_a_loop_that_lost_its_cancellation() -> None:
+    lost: list[bool] = []
+
+    async def loop() -> None:
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                if lost:
+                    raise
+                lost.append(True)
+
+    supervisor = Supervisor()
+    supervisor.add("forgetful", loop)
+    supervisor.start()
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await supervisor.stop()
+    assert lost

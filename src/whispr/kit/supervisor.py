@@ -57,10 +57,13 @@ class Supervisor:
 
     async def stop(self) -> None:
         """Cancel every loop and wait for each."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = set(self._tasks.values())
+        while tasks:
+            for task in tasks:
+                task.cancel()
+            # A loop may lose a cancellation: on 3.11 `wait_for`, which redis-py writes through, forgets one that arrives
+            # together with its result. Asking once would then wait for ever.
+            _, tasks = await asyncio.wait(tasks, timeout=0.5)
         self._tasks.clear()
 
     def _start(self, name: str) -> None:
