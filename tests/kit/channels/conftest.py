@@ -42,4 +42,3 @@ async def connect() -> AsyncIterator[Connect]:
     yield open_client
     for client in clients:
         client.abandon()
-

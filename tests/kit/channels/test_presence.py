@@ -407,6 +407,20 @@ async def test_catching_up_leaves_no_ghosts(start: Start, topic: str) -> None:
     await watcher.until()
 
 
+async def test_who_goes_between_catching_up_and_the_next_diff_leaves_no_ghost(
+    start: Start, topic: str
+) -> None:
+    node = await start(interval=60)
+    client = await node.join(topic, "alice")
+    await node.presence._beat(renew=True)
+    assert await node.cache.client.exists(f"presence:topic:{topic}") == 1
+    client.abandon()
+    await until(lambda: not node.presence._held)
+    node.presence.flush()
+    await until(lambda: node.presence._writer is None)
+    assert await node.cache.client.exists(f"presence:topic:{topic}") == 0
+
+
 async def test_stored_topics_expire_by_themselves(start: Start, topic: str) -> None:
     node = await start()
     await node.join(topic, "alice")
