@@ -16,17 +16,16 @@ import msgspec
 from whispr.client.account import Account, keep_session, load_session
 from whispr.client.backoff import Backoff
 from whispr.client.conversations import Conversations
-from whispr.client.crypto.engine import Engine, Payload, Sealed
+from whispr.client.crypto.engine import Engine, Payload
 from whispr.client.crypto.identity import fingerprint
 from whispr.client.devices import Devices
-from whispr.client.encoding import encode_base64
 from whispr.client.events import ChatMessage, ConversationEvent, Notice, OnEvent, OnNotice
 from whispr.client.failures import ApiError, ClientError, SessionEnded, Unreachable
 from whispr.client.history import History
 from whispr.client.inbox import Inbox
 from whispr.client.live import Live
 from whispr.client.models import Profile, Sent
-from whispr.client.outbox import MAX_ROUNDS, Outbox
+from whispr.client.outbox import Outbox
 from whispr.client.rest import RestClient
 from whispr.client.socket import SocketOptions
 from whispr.client.store import Store
@@ -241,41 +240,6 @@ class WhisprClient:
     async def send(self, conversation_id: UUID, kind: str, data: dict[str, Any]) -> Sent:
         """Send an application's own payload."""
         return await asyncio.shield(self.outbox.send(conversation_id, Payload(kind, data=data)))
-
-    async def edit_text(self, message_id: UUID, text: str) -> None:
-        """Replace the text of a message this device sent. Raises ApiError, Unreachable."""
-        message = self.history.find(message_id)
-        if message is None or message.sender_device_id != self.device_id:
-            raise ApiError("message_not_found", detail="not a message of this device")
-        payload = Payload("text", text)
-
-        def keep(_: Sealed) -> None:
-            self.history.keep_sent(message.client_id, payload)
-
-        for attempt in range(MAX_ROUNDS):
-            sealed = await self.outbox.seal(message.conversation_id, message.client_id, payload, keep)
-            body = {
-                "message_id": str(message_id),
-                "content": sealed.content,
-                "signature": encode_base64(sealed.signature),
-            }
-            try:
-                await self.live.push(message.conversation_id, "edit_message", body)
-            except ApiError as error:
-                if error.code != "devices_mismatch" or attempt == MAX_ROUNDS - 1:
-                    raise
-                await self.outbox.reconcile(message.conversation_id, error)
-            else:
-                return
-
-    async def delete_message(self, message: ChatMessage) -> None:
-        """For everybody."""
-        await self.live.push(message.conversation_id, "delete_message", {"message_id": str(message.id)})
-
-    async def react(self, message: ChatMessage, reaction: str, *, remove: bool = False) -> None:
-        event = "remove_reaction" if remove else "add_reaction"
-        body = {"message_id": str(message.id), "reaction": reaction}
-        await self.live.push(message.conversation_id, event, body)
 
     async def mark_read(self, conversation_id: UUID, seq: int) -> None:
         """Everything up to `seq`. Delivery is acknowledged by the client itself."""

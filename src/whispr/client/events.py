@@ -29,14 +29,12 @@ class ChatMessage(msgspec.Struct, frozen=True):
     text: str | None = None
     data: dict[str, Any] = {}
     reply_to_id: UUID | None = None
-    edited: bool = False
-    deleted: bool = False
     verified: bool = True
     error: str | None = None
 
 
 class ConversationEvent(msgspec.Struct, frozen=True):
-    """One entry of a conversation's log. `message` is set for `new_message` and `message_edited`."""
+    """One entry of a conversation's log. `message` is set for `new_message`."""
 
     conversation_id: UUID
     seq: int

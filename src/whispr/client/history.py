@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from uuid import UUID
 
-import msgspec
-
 from whispr.client.crypto.engine import Payload
 from whispr.client.events import ChatMessage, ConversationEvent
 from whispr.client.store import Store
@@ -31,11 +29,6 @@ class History:
     def find(self, message_id: UUID) -> ChatMessage | None:
         place = self._store.load(_PLACES, str(message_id), str)
         return None if place is None else self._store.load(_MESSAGES, place, ChatMessage)
-
-    def mark_deleted(self, message_id: UUID) -> None:
-        message = self.find(message_id)
-        if message is not None:
-            self.add(msgspec.structs.replace(message, text=None, data={}, deleted=True))
 
     def messages(self, conversation_id: UUID) -> list[ChatMessage]:
         """In order of `seq`."""

@@ -139,11 +139,11 @@ class Inbox:
         name, conversation_id = incoming.event.event, incoming.conversation_id
         payload = msgspec.json.decode(incoming.event.payload, type=dict[str, Any])
         chat: ChatMessage | None = None
-        if name in ("new_message", "message_edited"):
-            message = _message(name, incoming.event.payload)
-            if name == "new_message" and message is not None and self._history.find(message.id) is not None:
-                return None
+        if name == "new_message":
+            message = _message(incoming.event.payload)
             if message is not None:
+                if self._history.find(message.id) is not None:
+                    return None
                 chat = self._read(message, incoming)
                 self._history.add(chat)
         else:
@@ -152,9 +152,7 @@ class Inbox:
 
     def _follow(self, conversation_id: UUID, name: str, payload: dict[str, Any]) -> None:
         try:
-            if name == "message_deleted":
-                self._history.mark_deleted(UUID(payload["message_id"]))
-            elif name == "member_added":
+            if name == "member_added":
                 self._conversations.change_members(conversation_id, add=UUID(payload["user_id"]))
             elif name == "member_removed":
                 self._conversations.change_members(conversation_id, remove=UUID(payload["user_id"]))
@@ -172,11 +170,7 @@ class Inbox:
             sent_at=message.sent_at,
             kind="unknown",
             reply_to_id=message.reply_to_id,
-            edited=message.edited_at is not None,
-            deleted=message.is_deleted,
         )
-        if message.is_deleted:
-            return chat
         if message.sender_device_id == self._engine.device_id:
             payload = self._history.sent(message.client_id)
             if payload is None:
@@ -206,17 +200,11 @@ class Inbox:
                     self._history.handed(event)
 
 
-class _Edit(msgspec.Struct):
-    message: Message
-
-
-def _message(event: str, payload: msgspec.Raw) -> Message | None:
-    """The MESSAGE of `new_message` (the payload itself) or `message_edited` (inside it); None if it is malformed."""
+def _message(payload: msgspec.Raw) -> Message | None:
+    """The MESSAGE that the payload of `new_message` is; None if it is malformed."""
     try:
-        if event == "new_message":
-            return msgspec.json.decode(payload, type=Message)
-        return msgspec.json.decode(payload, type=_Edit).message
+        return msgspec.json.decode(payload, type=Message)
     except msgspec.DecodeError as error:
         # One bad entry must not stop all that come after it.
-        log.warning("The server sent a malformed %s: %s", event, error)
+        log.warning("The server sent a malformed new_message: %s", error)
         return None

@@ -77,9 +77,6 @@ class Message(msgspec.Struct, frozen=True):
     content_sha256: str = ""
     reply_to_id: UUID | None = None
     media_ids: list[UUID] | None = None
-    edited_at: datetime | None = None
-    is_deleted: bool = False
-    reactions: Any = None
 
 
 class Member(msgspec.Struct, frozen=True):

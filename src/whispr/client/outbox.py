@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _SPACE: Final = "outbox"
 # Devices may come and go while we encrypt; but a server that never agrees must not keep us busy for ever.
-MAX_ROUNDS: Final = 10
+_MAX_ROUNDS: Final = 10
 
 Push = Callable[[UUID, str, dict[str, Any]], Awaitable[msgspec.Raw]]
 
@@ -117,32 +117,6 @@ class Outbox:
         if event is not None:
             event.set()
 
-    async def seal(
-        self, conversation_id: UUID, client_id: UUID, payload: Payload, keep: Callable[[Sealed], None]
-    ) -> Sealed:
-        """Encrypt for the devices there are now; `keep` is called in the transaction that moves the ratchets.
-
-        Raises DistributionNeeded, TooManyDevices, BadBundle, ApiError, Unreachable.
-        """
-        conversation = await self._conversations.load(conversation_id)
-        while True:
-            devices = await self._devices.of(conversation.members)
-            try:
-                with self._store.transaction():
-                    sealed = self._engine.seal(
-                        conversation_id, client_id, payload, devices, group=conversation.group
-                    )
-                    keep(sealed)
-            except BundleNeeded as needed:
-                await self._devices.provide(needed)
-            else:
-                return sealed
-
-    async def reconcile(self, conversation_id: UUID, refusal: ApiError) -> None:
-        """Follow a `devices_mismatch`: members may have changed, or their devices."""
-        conversation = await self._conversations.load(conversation_id, again=True)
-        await self._devices.reconcile(conversation.members, refusal.fields)
-
     # One worker a conversation, so that its messages keep their order.
 
     def _enqueue(self, item: Outgoing) -> asyncio.Future[Sent]:
@@ -203,7 +177,7 @@ class Outbox:
                 attempt += 1
                 await asyncio.sleep(self._backoff.delay(attempt))
             except ApiError as error:
-                if error.code == "devices_mismatch" and rounds < MAX_ROUNDS:
+                if error.code == "devices_mismatch" and rounds < _MAX_ROUNDS:
                     rounds += 1
                     item.sealed = None
                     await self._reconcile(item.conversation_id, error)
@@ -226,7 +200,7 @@ class Outbox:
                 self._keep(msgspec.structs.replace(item, sealed=sealed))
 
             # Only what a finished transaction holds may be sent: otherwise its keys would serve twice.
-            item.sealed = await self.seal(item.conversation_id, item.client_id, item.payload, keep)
+            item.sealed = await self._seal(item.conversation_id, item.client_id, item.payload, keep)
         body: dict[str, Any] = {
             "client_id": str(item.client_id),
             "message_type": item.message_type,
@@ -247,6 +221,27 @@ class Outbox:
             del self._seen[item.client_id]
         return msgspec.json.decode(reply, type=Sent)
 
+    async def _seal(
+        self, conversation_id: UUID, client_id: UUID, payload: Payload, keep: Callable[[Sealed], None]
+    ) -> Sealed:
+        """Encrypt for the devices there are now; `keep` is called in the transaction that moves the ratchets.
+
+        Raises DistributionNeeded, TooManyDevices, BadBundle, ApiError, Unreachable.
+        """
+        conversation = await self._conversations.load(conversation_id)
+        while True:
+            devices = await self._devices.of(conversation.members)
+            try:
+                with self._store.transaction():
+                    sealed = self._engine.seal(
+                        conversation_id, client_id, payload, devices, group=conversation.group
+                    )
+                    keep(sealed)
+            except BundleNeeded as needed:
+                await self._devices.provide(needed)
+            else:
+                return sealed
+
     async def _await_own(self, item: Outgoing, seen: asyncio.Event) -> Sent:
         item.sealed = None
         while True:
@@ -264,9 +259,11 @@ class Outbox:
             self._history.keep_sent(item.client_id, item.payload)
         await self._deliver(item)
 
-    async def _reconcile(self, conversation_id: UUID, error: ApiError) -> None:
+    async def _reconcile(self, conversation_id: UUID, refusal: ApiError) -> None:
+        """Follow a `devices_mismatch`: members may have changed, or their devices."""
         try:
-            await self.reconcile(conversation_id, error)
+            conversation = await self._conversations.load(conversation_id, again=True)
+            await self._devices.reconcile(conversation.members, refusal.fields)
         except Unreachable:
             await asyncio.sleep(self._backoff.delay(1))
 
