@@ -152,20 +152,37 @@ def test_signature_covers_conversation_client_id_and_content() -> None:
     )
 
 
-@pytest.mark.parametrize("threads", [0, 2])
-@pytest.mark.parametrize("count", [1, 3, 40])
-async def test_only_the_bad_signatures_of_a_batch_are_named(count: int, threads: int) -> None:
-    checker = SignatureChecker(threads)
+@pytest.mark.parametrize("processes", [0, 1, 2])
+@pytest.mark.parametrize("count", [1, 8, 41])
+async def test_only_the_bad_signatures_of_a_batch_are_named(count: int, processes: int) -> None:
+    checker = SignatureChecker(processes)
     device, other = Device(uuid4()), Device(uuid4())
     drafts = [parse(device.draft(uuid4())) for _ in range(count)]
     claims = [(device.signing_key, one.signed, one.draft.signature) for one in drafts]
     claims[0] = (other.signing_key, *claims[0][1:])
-    assert await checker.check(claims) == [False] + [True] * (count - 1)
-    assert await checker.check([(b"short", b"x", b"y" * 64), (bytes(32), b"x" * 32, bytes(64))]) == [
-        False,
-        False,
-    ]
-    checker.close()
+    for _ in range(2):
+        assert await checker.check(claims) == [False] + [True] * (count - 1)
+    odd = [(b"short", b"x", b"y" * 64), (bytes(32), b"x" * 32, bytes(64))]
+    assert await checker.check(odd * 4) == [False] * 8
+    await checker.close()
+
+
+async def test_helper_that_dies_costs_no_answer() -> None:
+    checker = SignatureChecker(1)
+    device = Device(uuid4())
+    parsed = parse(device.draft(uuid4()))
+    claims = [(device.signing_key, parsed.signed, parsed.draft.signature)] * 20
+    assert await checker.check(claims) == [True] * 20
+    helper = checker._helpers[0]._process
+    assert helper is not None
+    helper.kill()
+    assert await checker.check(claims) == [True] * 20
+    assert await checker.check(claims) == [True] * 20
+    again = checker._helpers[0]._process
+    assert again is not None
+    assert again.pid != helper.pid
+    await checker.close()
+    assert again.returncode is not None
 
 
 def test_msgspec_sorts_as_python_does() -> None:

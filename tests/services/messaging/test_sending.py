@@ -54,7 +54,7 @@ class Bench:
         self.directory = Directory(self.db, self.cache, self.clock)
         self.devices = Devices(self.auth, self.clock)
         self.contact = Contact(self.users, self.clock)
-        self.signatures = SignatureChecker(0)
+        self.signatures = SignatureChecker(1)
         self.published: list[CommittedEvent] = []
         self.doubts = 0
         self.sending = Sending(
@@ -84,7 +84,7 @@ class Bench:
         await self.flush_db.close()
         await self.db.close()
         await self.cache.close()
-        self.signatures.close()
+        await self.signatures.close()
 
     async def conversation(self, *user_ids: UUID, kind: ConversationType = ConversationType.GROUP) -> UUID:
         return await make_conversation(self.db, self.clock, user_ids, kind)

@@ -89,6 +89,7 @@ async def build(context: Context) -> Service:
     )
     devices = Devices(auth, clock)
     contact = Contact(user, clock)
+    signatures = SignatureChecker(settings.signature_processes)
     is_limited = context.common.rate_limits == "on"
     sending = Sending(
         sending_database,
@@ -96,7 +97,7 @@ async def build(context: Context) -> Service:
         directory,
         devices,
         contact,
-        SignatureChecker(settings.signature_threads),
+        signatures,
         bus.publish,
         bus.suspect,
         pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
@@ -169,6 +170,7 @@ async def build(context: Context) -> Service:
         on_drain=[drain],
         on_stop=[
             sending_database.close,
+            signatures.close,
             bus.close,
             whereabouts.presence.close,
             receipts.flush,

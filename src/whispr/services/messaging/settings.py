@@ -22,8 +22,8 @@ class MessagingSettings(ServiceSettings):
     message_burst: int = Field(default=200, ge=1, description="Messages one device may send at once.")
     read_rate: float = Field(default=20, gt=0, description="Joins and syncs a second of one device.")
     read_burst: int = Field(default=1_000, ge=1, description="Joins and syncs of one device at once.")
-    signature_threads: int = Field(
-        default=0, ge=0, le=16, description="That check signatures; 0: the event loop does. Pays with idle cores."
+    signature_processes: int = Field(
+        default=1, ge=0, le=16, description="Helpers that check signatures; 0: this process does."
     )
     cached_conversations: int = Field(default=20_000, ge=1)
     cached_members: int = Field(default=500_000, ge=1, description="Over all cached conversations.")

@@ -1,69 +1,120 @@
-"""Ed25519 checks, many at a time."""
+"""Ed25519 checks, many at a time, in processes of their own.
+
+A check takes some 50 µs, as much as everything else a message costs this process. Threads do not help: libsodium lets go of
+the interpreter's lock for each check, and getting it back from a busy loop costs as much again. So batches go through a
+pipe to `signature_helper`, and come back as one byte for each check.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-import nacl.bindings
-from nacl.exceptions import BadSignatureError
+from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.service import signature_helper
+from whispr.services.messaging.service.signature_helper import COUNT, RECORD, is_signed
+
+log = get_logger(__name__)
 
 Claim = tuple[bytes, bytes, bytes]
-"""Public key (32 bytes), what was signed, signature (64 bytes)."""
+"""Public key (32 bytes), what was signed (32 bytes), signature (64 bytes)."""
 
-# Handing work to a thread and back costs about as much as this many checks (some 50 µs each).
-_INLINE: Final = 2
+# Below this the way through the pipe is longer than the work.
+_WORTH_SENDING: Final = 8
 
-# Checks between two turns of the event loop, when it does them itself: below a millisecond.
+# Checks between two turns of the event loop, where it does them itself: below a millisecond.
 _SLICE: Final = 16
+
+_TIMEOUT: Final = 5.0
 
 
 class SignatureChecker:
-    """Verifies batches: with `threads` 0 on the event loop in slices, else in a pool of so many threads.
+    """Verifies batches in `processes` helpers; 0 does it on the event loop, and so does a helper that has died.
 
-    libsodium releases the interpreter's lock for each check, and taking it back from a busy loop costs about as much
-    as the check. Threads pay where cores are idle, and cost a fifth of the throughput where they are not.
+    Helpers start with the first batch that is worth it, and again when one has ended.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="signatures") if threads else None
+    def __init__(self, processes: int) -> None:
+        self._helpers = [_Helper() for _ in range(processes)]
 
     async def check(self, claims: Sequence[Claim]) -> list[bool]:
         """For each claim whether its signature is right."""
-        if len(claims) <= _INLINE:
-            return _check(claims)
-        if self._pool is None:
-            return await self._check_in_slices(claims)
-        loop = asyncio.get_running_loop()
-        share = -(-len(claims) // self._threads)
+        if not self._helpers or len(claims) < _WORTH_SENDING:
+            return await _check_in_slices(claims)
+        share = -(-len(claims) // len(self._helpers))
         parts = [claims[start : start + share] for start in range(0, len(claims), share)]
-        answers = await asyncio.gather(*(loop.run_in_executor(self._pool, _check, part) for part in parts))
+        answers = await asyncio.gather(
+            *(helper.check(part) for helper, part in zip(self._helpers, parts, strict=False))
+        )
         return [answer for part in answers for answer in part]
 
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-
-    async def _check_in_slices(self, claims: Sequence[Claim]) -> list[bool]:
-        answers: list[bool] = []
-        for start in range(0, len(claims), _SLICE):
-            if start:
-                await asyncio.sleep(0)
-            answers += _check(claims[start : start + _SLICE])
-        return answers
+    async def close(self) -> None:
+        """End the helpers."""
+        for helper in self._helpers:
+            await helper.close()
 
 
-def _check(claims: Sequence[Claim]) -> list[bool]:
-    return [_is_signed(*claim) for claim in claims]
+class _Helper:
+    """One process. It ends by itself when its pipe is closed, however this process dies."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+
+    async def check(self, claims: Sequence[Claim]) -> list[bool]:
+        if any(
+            len(key) != 32 or len(signed) != 32 or len(signature) != 64 for key, signed, signature in claims
+        ):
+            return await _check_in_slices(claims)
+        async with self._lock:
+            try:
+                async with asyncio.timeout(_TIMEOUT):
+                    answer = await self._ask(claims)
+            except (OSError, EOFError, TimeoutError) as error:
+                log.warning("signature_helper_lost", error=type(error).__name__)
+                await self._end()
+                return await _check_in_slices(claims)
+            except asyncio.CancelledError:
+                # Its answer would be taken for that to the next question.
+                await self._end()
+                raise
+        return [flag == 1 for flag in answer]
+
+    async def close(self) -> None:
+        async with self._lock:
+            await self._end()
+
+    async def _ask(self, claims: Sequence[Claim]) -> bytes:
+        if self._process is None or self._process.returncode is not None:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                signature_helper.__name__,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(COUNT.pack(len(claims)) + b"".join(RECORD.pack(*claim) for claim in claims))
+        await process.stdin.drain()
+        return await process.stdout.readexactly(len(claims))
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
 
 
-def _is_signed(key: bytes, message: bytes, signature: bytes) -> bool:
-    try:
-        nacl.bindings.crypto_sign_open(signature + message, key)
-    except (BadSignatureError, ValueError):
-        return False
-    return True
+async def _check_in_slices(claims: Sequence[Claim]) -> list[bool]:
+    answers: list[bool] = []
+    for start in range(0, len(claims), _SLICE):
+        if start:
+            await asyncio.sleep(0)
+        answers += [is_signed(*claim) for claim in claims[start : start + _SLICE]]
+    return answers
