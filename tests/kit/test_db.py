@@ -8,6 +8,7 @@ import pytest
 
 from whispr.kit.db import Database, DatabaseUnavailable
 from whispr.kit.errors import Conflict
+from whispr.kit.telemetry import metrics
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,13 @@ async def test_every_connection_of_the_pool_may_be_cut_at_once(db: Database) -> 
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
     await asyncio.gather(*(db.ready() for _ in range(3)))
+
+
+async def test_the_metrics_count_connections(db: Database) -> None:
+    async with db.connection():
+        assert db.sizes[1:] == (1, 3)
+        shown = metrics.exposition().decode()
+    assert 'whispr_db_connections{state="used"}' in shown
 
 
 async def test_a_server_that_is_away_is_unavailable_and_not_a_drivers_exception(db: Database) -> None:

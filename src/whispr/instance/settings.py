@@ -35,6 +35,10 @@ class InstanceSettings(BaseSettings):
     valkey_url: str | None = None
     gateway: Literal["auto", "envoy", "builtin"] = "auto"
 
+    # Part of every certificate's SPIFFE id; the services read the same variables and check them.
+    trust_domain: str = "cluster.local"
+    namespace: str = "whispr"
+
     # Coarse, per person, for every request through the gateway: what a busy client never reaches. The services hold
     # the exact limits.
     gateway_requests_per_second: int = Field(default=50, ge=1)

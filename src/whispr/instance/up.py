@@ -96,7 +96,9 @@ class Instance:
         self._choose_ports()
         await asyncio.gather(self._start_postgres(), self._start_valkey())
         await self._prepare_databases()
-        self._authority = await asyncio.to_thread(LocalCA, self.layout.authority)
+        self._authority = await asyncio.to_thread(
+            LocalCA, self.layout.authority, self.settings.trust_domain, self.settings.namespace
+        )
         await asyncio.to_thread(self._renew_certificates)
         await self._start_services()
         await self._start_gateway()

@@ -20,7 +20,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
 from whispr.kit.errors import RateLimited, Unavailable
-from whispr.kit.telemetry import get_logger
+from whispr.kit.telemetry import get_logger, metrics
 
 log = get_logger(__name__)
 
@@ -87,6 +87,7 @@ class Cache:
         try:
             await self.client.publish(channel, message)
         except LOST_CACHE as error:
+            metrics.cache_failures.inc()
             raise CacheUnavailable from error
 
     def subscribe(self, channel: str, handler: Handler) -> None:
@@ -130,6 +131,7 @@ class Cache:
         await self._pubsub.subscribe("whispr:idle")
         await self._follow_handlers()
         if self._connected_before:
+            metrics.cache_reconnects.inc()
             for callback in self._on_reconnect:
                 callback()
         self._connected_before = True
@@ -222,8 +224,10 @@ class RateLimiter:
         try:
             wait = int(await self._script(keys=[full_key], args=[int(interval * 1e6), limit])) / 1e6
         except LOST_CACHE:
+            metrics.cache_failures.inc()
             wait = self._check_local(full_key, interval, limit)
         if wait > 0:
+            metrics.rate_limited.labels(name=name).inc()
             raise RateLimited(retry_after=max(1.0, round(wait, 1)), limit=name)
 
     def _check_local(self, key: str, interval: float, limit: int) -> float:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Mapping
+import weakref
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
@@ -17,6 +18,7 @@ import asyncpg
 import msgspec
 
 from whispr.kit.errors import Unavailable
+from whispr.kit.telemetry import metrics
 
 Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
@@ -32,6 +34,8 @@ LOST_CONNECTION: tuple[type[BaseException], ...] = (
     asyncpg.CrashShutdownError,
     asyncpg.TooManyConnectionsError,
 )
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
 
 
 class DatabaseUnavailable(Unavailable):
@@ -71,6 +75,7 @@ class Database:
         self._settings = dict(settings or {})
         self._stateless = stateless
         self._pool: asyncpg.Pool[Any] | None = None
+        _databases.add(self)
 
     async def open(self, timeout: float = 30.0) -> None:
         """Create the pool; waits up to `timeout` seconds for the server. Raises `DatabaseUnavailable`."""
@@ -114,9 +119,12 @@ class Database:
             await connection.fetchval("SELECT 1", timeout=1.0)
 
     @property
-    def pool_size(self) -> tuple[int, int]:
-        """Connections open and connections idle."""
-        return (self._pool.get_size(), self._pool.get_idle_size()) if self._pool else (0, 0)
+    def sizes(self) -> tuple[int, int, int]:
+        """Connections idle, connections in use, and the most there may be."""
+        if self._pool is None:
+            return 0, 0, 0
+        idle = self._pool.get_idle_size()
+        return idle, self._pool.get_size() - idle, self._pool.get_max_size()
 
     @asynccontextmanager
     async def connection(self, *, acquire_timeout: float | None = None) -> AsyncIterator[Connection]:
@@ -126,6 +134,7 @@ class Database:
         try:
             yield connection
         except LOST_CONNECTION as error:
+            metrics.db_failures.inc()
             raise DatabaseUnavailable from error
         finally:
             await self._release(connection)
@@ -144,12 +153,16 @@ class Database:
         if self._pool is None:
             raise DatabaseUnavailable("The database pool is closed.")
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
+        asked = loop.time()
+        deadline = asked + timeout
         while True:
             try:
-                return await self._pool.acquire(timeout=max(0.05, deadline - loop.time()))
+                connection = await self._pool.acquire(timeout=max(0.05, deadline - loop.time()))
+                metrics.db_acquire_seconds.observe(loop.time() - asked)
+                return connection
             except LOST_CONNECTION as error:
                 if loop.time() + 0.1 > deadline or self._pool is None:
+                    metrics.db_failures.inc()
                     raise DatabaseUnavailable from error
                 await asyncio.sleep(random.uniform(0.05, 0.15))
 
@@ -174,3 +187,12 @@ async def _prepare_connection(connection: Connection) -> None:
 async def _rollback_only(connection: Connection) -> None:
     if connection.is_in_transaction():
         await connection.reset()
+
+
+def _pools(position: int) -> Callable[[], float]:
+    """Adds up over the pools of this process, when the metrics are read."""
+    return lambda: sum(database.sizes[position] for database in _databases)
+
+
+for _position, _state in enumerate(("idle", "used", "max")):
+    metrics.db_connections.labels(state=_state).set_function(_pools(_position))

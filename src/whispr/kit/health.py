@@ -56,7 +56,7 @@ class Health:
     """Runs the checks of readiness, at most one round at a time and at most once in `cache_seconds`.
 
     A check that takes longer than `timeout` seconds has failed. `grpc_services` are the full names of the gRPC services
-    whose health follows this process' readiness.
+    whose health follows this process' readiness. Checks named in `advisory` are shown and do not decide.
     """
 
     def __init__(
@@ -65,8 +65,10 @@ class Health:
         cache_seconds: float = 1.0,
         timeout: float = 2.0,
         grpc_services: Iterable[str] = (),
+        advisory: Iterable[str] = (),
     ) -> None:
         self._checks = dict(checks)
+        self._advisory = frozenset(advisory)
         self._cache_seconds = cache_seconds
         self._timeout = timeout
         self._draining = False
@@ -96,7 +98,9 @@ class Health:
                 results = await asyncio.gather(*(self._run(name) for name in names))
                 self._results = dict(zip(names, results, strict=True))
                 self._checked_at = time.monotonic()
-        passed = all(result.error is None for result in self._results.values())
+        passed = all(
+            result.error is None for name, result in self._results.items() if name not in self._advisory
+        )
         return Report(passed and not self._draining, self._draining, self._results)
 
     async def _run(self, name: str) -> CheckResult:

@@ -345,6 +345,7 @@ class _Door:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
+        metrics.http_requests_in_flight.inc()
         with server_span("http", asgi_carrier(scope["headers"]), public=True):
             try:
                 await self._serve(scope, headers, receive, respond)
@@ -354,6 +355,7 @@ class _Door:
                     raise
                 await _render(scope, Internal())(scope, receive, respond)
             finally:
+                metrics.http_requests_in_flight.dec()
                 self._record(scope, status, time.perf_counter() - started)
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, respond: Send) -> None:

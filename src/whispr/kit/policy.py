@@ -55,13 +55,17 @@ HEALTH: frozenset[str] = frozenset(
 """Open to every service: it says nothing but whether to send work here."""
 
 
+REFLECTION: frozenset[str] = frozenset({"/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"})
+"""Open to every service, and served in development only."""
+
+
 def known(method: str) -> bool:
     """Whether `method` (`/package.Service/Method`) is served by anyone at all."""
-    return method in CALLS or method in HEALTH
+    return method in CALLS or method in HEALTH or method in REFLECTION
 
 
 def allowed(method: str, caller: str) -> bool:
     """Whether the service `caller` may call `method`. Unknown methods and unknown callers may not."""
-    if method in HEALTH:
+    if method in HEALTH or method in REFLECTION:
         return caller in _EVERY
     return caller in CALLS.get(method, ())

@@ -22,8 +22,9 @@ import grpc
 import msgspec
 import uvicorn
 import uvloop
+from grpc_reflection.v1alpha import reflection
 
-from whispr.kit import telemetry
+from whispr.kit import policy, telemetry
 from whispr.kit.cache import Cache, RateLimiter
 from whispr.kit.clock import Clock, SystemClock
 from whispr.kit.db import Database
@@ -180,7 +181,8 @@ class Running:
         self.service = service
         self.context = context
         self.supervisor = Supervisor()
-        self.health = Health({**self._own_checks(), **service.checks})
+        # Without Valkey everything goes on, more slowly; taking every process out of service for it would stop it all.
+        self.health = Health({**self._own_checks(), **service.checks}, advisory=("cache",))
         self.http_port: int | None = None
         self.grpc_port: int | None = None
         self.internal_port: int | None = None
@@ -256,6 +258,8 @@ class Running:
         await self.health.register(self._grpc)
         for register in self.service.rpc:
             register(self._grpc)
+        if common.environment == "development":
+            reflection.enable_server_reflection(_rpc_services(self.service.name), self._grpc)
         self.grpc_port = listen(self._grpc, common.grpc_bind, self.context.workload)
         await self._grpc.start()
 
@@ -286,6 +290,12 @@ class Running:
         except Exception:
             # The rest must still be closed: a half-stopped process would keep its ports and its peers waiting.
             log.exception("stop_step_failed")
+
+
+def _rpc_services(service: str) -> list[str]:
+    served = {method.split("/")[1] for method in policy.CALLS}
+    own = {name for name in served if name.split(".")[0] in (service, "kit")}
+    return [reflection.SERVICE_NAME, *sorted(own)]
 
 
 async def _awaited(step: Step) -> None:

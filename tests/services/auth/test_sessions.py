@@ -14,6 +14,8 @@ from whispr.kit.clock import ManualClock
 from whispr.kit.db import Connection
 from whispr.kit.identity import Revocation
 
+SOME_ID = "01a1fb8e-963b-71f9-ae9b-c029c90a02cf"
+
 REVOKED = (401, "session_revoked")
 APNS = {"channel": "apns", "token": "ab" * 32, "app_id": "chat.whispr", "environment": "production"}
 
@@ -161,18 +163,18 @@ async def test_the_current_password_is_needed(house: AuthHouse) -> None:
     [
         ("POST", "/auth/logout"),
         ("GET", "/auth/sessions"),
-        ("DELETE", f"/auth/sessions/{uuid4()}"),
+        ("DELETE", f"/auth/sessions/{SOME_ID}"),
         ("PUT", "/auth/password"),
         ("DELETE", "/auth/account"),
         ("GET", "/devices"),
-        ("DELETE", f"/devices/{uuid4()}"),
-        ("PUT", f"/devices/{uuid4()}/push-token"),
-        ("DELETE", f"/devices/{uuid4()}/push-token"),
+        ("DELETE", f"/devices/{SOME_ID}"),
+        ("PUT", f"/devices/{SOME_ID}/push-token"),
+        ("DELETE", f"/devices/{SOME_ID}/push-token"),
         ("PUT", "/keys"),
         ("GET", "/keys"),
         ("POST", "/keys/check"),
-        ("GET", f"/keys/{uuid4()}"),
-        ("GET", f"/keys/{uuid4()}/{uuid4()}"),
+        ("GET", f"/keys/{SOME_ID}"),
+        ("GET", f"/keys/{SOME_ID}/{SOME_ID}"),
     ],
 )
 async def test_every_other_route_needs_a_token(house: AuthHouse, method: str, path: str) -> None:

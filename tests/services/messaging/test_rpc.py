@@ -20,6 +20,8 @@ from whispr.kit.mtls import WorkloadIdentity
 from whispr.kit.settings import SERVICES
 from whispr.services.messaging.client import MessagingClient
 
+SOME_ID = "01a1fb8e-963b-71f9-ae9b-c029c90a02cf"
+
 
 class Neighbours:
     """Channels to messaging, each with another service's certificate."""
@@ -65,7 +67,7 @@ async def test_only_auth_erases(stack: Stack, neighbours: Neighbours, service: s
     assert (await ann.ok(f"/conversations/{direct}"))["is_active"] is True
 
 
-@pytest.mark.parametrize(("user_id", "operation_id"), [("x", str(uuid4())), (str(uuid4()), ""), ("", "")])
+@pytest.mark.parametrize(("user_id", "operation_id"), [("x", SOME_ID), (SOME_ID, ""), ("", "")])
 async def test_malformed_calls_are_refused(neighbours: Neighbours, user_id: str, operation_id: str) -> None:
     channel = neighbours["auth"]
     stub = messaging_pb2_grpc.MessagingServiceStub(channel.grpc)

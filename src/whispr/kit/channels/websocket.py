@@ -182,7 +182,7 @@ class WebSocketLink(WSListener):
                 if self._socket is not None:
                     self._socket.close(TRY_AGAIN_LATER, "slow consumer")
                 return
-        # Not `send`: for more than 8 KiB it lets the loop keep a view of a buffer that the next frame overwrites.
+        # Not `send`: it copies through a buffer of the connection that grows to 8 KiB and stays that large.
         transport.send_reuse_external_bytearray(kind, message, len(_HEADROOM))
 
     def close(self, code: int, reason: str) -> None:

@@ -88,7 +88,7 @@ grpc_client_circuit_open = gauge(
 )
 
 outbox_rows = counter(
-    "outbox_rows", "Rows handled, by outcome (sent, failed, expired).", ("topic", "outcome")
+    "outbox_rows", "Rows handled, by outcome (sent, failed, refused, expired).", ("topic", "outcome")
 )
 outbox_pending = gauge("outbox_pending", "Rows waiting.", ("topic",))
 outbox_oldest_seconds = gauge("outbox_oldest_seconds", "Age of the oldest waiting row.", ("topic",))
