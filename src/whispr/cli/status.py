@@ -1,8 +1,10 @@
 """`whispr status`."""
 
 import json
+import math
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,16 +43,14 @@ def report(data: Path | None, *, as_json: bool) -> int:
 
 
 def examine(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each part of the instance with its address, pid, memory in MiB and state: ready, not ready, stopped, external."""
+    """Each part of the instance with its address, pid, memory in MiB and state: ready, not ready or stopped.
+
+    A server that is not this instance's own has no pid. Every part is asked: that a process lives says little.
+    """
     parts = []
-    for name in ("postgres", "valkey"):
-        pid = record[name]["pid"]
-        state = "external" if pid is None else "ready" if _alive(pid) else "stopped"
-        parts.append(
-            _part(
-                name, record[name]["url"].rpartition("@")[2], pid, "ready" if state == "external" else state
-            )
-        )
+    for name, answers in (("postgres", _postgres_answers), ("valkey", _valkey_answers)):
+        url, pid = record[name]["url"], record[name]["pid"]
+        parts.append(_part(name, url.rpartition("@")[2], pid, _server_state(url, pid, answers)))
     for name, service in record["services"].items():
         state = _readiness(f"{service['internal']}/readyz") if _alive(service["pid"]) else "stopped"
         parts.append(_part(name, service["http"], service["pid"], state))
@@ -88,6 +88,42 @@ def _memory(pid: int | None) -> int | None:
         return None if pid is None else round(psutil.Process(pid).memory_info().rss / 2**20)
     except psutil.Error:
         return None
+
+
+def _server_state(url: str, pid: int | None, answers: Callable[[str], bool]) -> str:
+    # While an instance is starting it has no URL yet, and an empty one would ask whatever this machine's default is.
+    if not url or (pid is not None and not _alive(pid)):
+        return "stopped"
+    return "ready" if answers(url) else "not ready"
+
+
+def _postgres_answers(url: str) -> bool:
+    import psycopg
+
+    try:
+        # The client library takes whole seconds.
+        psycopg.connect(url, connect_timeout=math.ceil(ASK_SECONDS)).close()
+    except psycopg.Error:
+        return False
+    return True
+
+
+def _valkey_answers(url: str) -> bool:
+    import redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        with redis.Redis.from_url(
+            url,
+            socket_timeout=ASK_SECONDS,
+            socket_connect_timeout=ASK_SECONDS,
+            # Repeated, a server that does not answer would take several times as long.
+            retry=Retry(NoBackoff(), 0),
+        ) as client:
+            return bool(client.ping())
+    except (redis.RedisError, ValueError):
+        return False
 
 
 def _readiness(url: str) -> str:
