@@ -72,9 +72,11 @@ class Node:
         return room
 
     async def start(self) -> None:
-        self._loops = [asyncio.create_task(self.cache.run()), asyncio.create_task(self.presence.run())]
-        self.port = await self.endpoint.listen("127.0.0.1", 0)
+        self._loops = [asyncio.create_task(self.cache.run())]
         await until(lambda: "presence:changes" in self.cache.subscribed)
+        self._loops.append(asyncio.create_task(self.presence.run()))
+        await until(lambda: not self.presence._behind)
+        self.port = await self.endpoint.listen("127.0.0.1", 0)
 
     async def join(self, topic: str, token: str, params: Any = None, vsn: str = "2.0.0") -> RawClient:
         client = await RawClient.connect(self.port, f"vsn={vsn}&token={token}")
@@ -166,7 +168,7 @@ class Seen:
 
 
 async def test_state_then_diffs(start: Start, topic: str) -> None:
-    node = await start()
+    node = await start(interval=0.5)
     alice = Seen(await node.join(topic, "alice"))
     assert (await alice.client.next())[3] == "presence_state"
     diff = await alice.client.next()
