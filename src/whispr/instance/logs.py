@@ -1,6 +1,7 @@
 """Log files of the processes: kept small, and shown at the terminal when asked for."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import sys
@@ -46,7 +47,9 @@ async def keep_small(folder: Path, limit: int) -> None:
     """Rotates every log in `folder`, for ever."""
     while True:
         for log in _logs_in(folder):
-            rotate(log, limit)
+            # A full disk must not end the instance; the next round tries again.
+            with contextlib.suppress(OSError):
+                rotate(log, limit)
         await asyncio.sleep(ROTATE_SECONDS)
 
 
