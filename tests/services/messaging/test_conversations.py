@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from tests.services.messaging.door import Door, assert_problem
 from tests.stack import Stack
 
+from whispr.kit.db import Database
 from whispr.kit.http import encode_cursor
 
 
@@ -47,6 +49,32 @@ async def test_a_direct_conversation_is_with_one_other_person(stack: Stack, memb
     names = {"self": ann.id, "other": bob.id, "third": cid.id}
     body = {"type": "direct", "member_ids": [names[name] for name in member_ids]}
     assert_problem(await ann.post("/conversations", body), 422, "invalid_members")
+
+
+@pytest.mark.parametrize("kind", ["channel", "secret", "Direct", "", None, 1, ["direct"]])
+async def test_another_type_of_conversation_is_refused(stack: Stack, kind: Any) -> None:
+    ann, bob = await people(stack, 2)
+    answer = await ann.post("/conversations", {"type": kind, "member_ids": [bob.id]})
+    problem = assert_problem(answer, 422, "invalid_request")
+    assert {error["field"] for error in problem["errors"]} == {"body.type"}
+    assert (await ann.ok("/conversations"))["items"] == []
+
+
+async def test_the_database_refuses_another_type_of_conversation_and_of_message(
+    stack: Stack, messaging_db: Database
+) -> None:
+    """Whatever door was forgotten: nothing of another type can be stored."""
+    ann, bob = await people(stack, 2)
+    conversation = UUID(await ann.group(bob))
+    sent = await ann.post("/messages", ann.draft(str(conversation)))
+    changes = (
+        ("UPDATE conversations SET type = 'channel' WHERE id = $1", conversation),
+        ("UPDATE messages SET message_type = 'poll' WHERE id = $1", UUID(sent.json()["id"])),
+    )
+    async with messaging_db.connection() as connection:
+        for statement, row_id in changes:
+            with pytest.raises(asyncpg.CheckViolationError):
+                await connection.execute(statement, row_id)
 
 
 async def test_unknown_people_are_named(stack: Stack) -> None:
