@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -101,9 +100,8 @@ async def stack(
     database: Callable[[str], str], valkey_url: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Stack]:
     """auth, user and messaging in this process, over mutual TLS, with a clock that tests move."""
-    for service in ("auth", "user", "messaging"):
-        os.environ[f"WHISPR_{service.upper()}_DATABASE_URL"] = database(service)
-    running = Stack(valkey_url, tmp_path_factory.mktemp("stack"))
+    databases = {service: database(service) for service in Stack.SERVICES}
+    running = Stack(valkey_url, databases, tmp_path_factory.mktemp("stack"))
     await running.start()
     yield running
     await running.stop()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import importlib
-import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import httpx
+import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from nacl.signing import SigningKey
 
@@ -117,13 +119,28 @@ class Node:
         return f"ws://127.0.0.1:{self.running.ports['socket']}/socket/websocket"
 
 
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    # Only while a service starts: processes that other tests start would inherit a longer-lived change.
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
 class Stack:
     """auth, user and messaging, and more messaging nodes on demand, sharing one CA, Valkey and clock."""
 
     SERVICES: tuple[str, ...] = ("auth", "user", "messaging")
 
-    def __init__(self, valkey_url: str, directory: Path) -> None:
+    def __init__(self, valkey_url: str, databases: Mapping[str, str], directory: Path) -> None:
         self.valkey_url = valkey_url
+        self._variables = {
+            "WHISPR_AUTH_ARGON2_MEMORY_KIB": "64",
+            "WHISPR_AUTH_ARGON2_TIME_COST": "1",
+            "WHISPR_AUTH_KEYRING_FILE": str(directory / "auth-keyring.json"),
+            **{f"WHISPR_{name.upper()}_DATABASE_URL": url for name, url in databases.items()},
+        }
         self.clock = ManualClock()
         self.ca = LocalCA(directory / "ca")
         self._directory = directory
@@ -133,9 +150,6 @@ class Stack:
         self.http = httpx.AsyncClient(timeout=30)
 
     async def start(self) -> None:
-        os.environ.setdefault("WHISPR_AUTH_ARGON2_MEMORY_KIB", "64")
-        os.environ.setdefault("WHISPR_AUTH_ARGON2_TIME_COST", "1")
-        os.environ.setdefault("WHISPR_AUTH_KEYRING_FILE", str(self._directory / "auth-keyring.json"))
         for name in self.SERVICES:
             self.nodes[name] = await self._start_node(name, f"127.0.0.1:{self._grpc_ports[name]}")
 
@@ -188,20 +202,21 @@ class Stack:
         old = self.nodes[service].running
         ports = dict(old.ports)
         await old.stop()
-        socket_variable = f"WHISPR_{service.upper()}_SOCKET_BIND"
-        if "socket" in ports:
-            os.environ[socket_variable] = f"127.0.0.1:{ports['socket']}"
-        try:
+        socket_bind = (
+            {f"WHISPR_{service.upper()}_SOCKET_BIND": f"127.0.0.1:{ports['socket']}"}
+            if "socket" in ports
+            else {}
+        )
+        with _environment(socket_bind):
             self.nodes[service] = await self._start_node(
                 service, f"127.0.0.1:{ports['grpc']}", http_bind=f"127.0.0.1:{ports['http']}"
             )
-        finally:
-            os.environ.pop(socket_variable, None)
 
     async def _start_node(self, service: str, grpc_bind: str, **changes: Any) -> Node:
         module = importlib.import_module(f"whispr.services.{service}.app")
         context = Context(service, self.settings(service, grpc_bind=grpc_bind, **changes), self.clock)
-        return Node(service, await Running.start(module.build, context))
+        with _environment(self._variables):
+            return Node(service, await Running.start(module.build, context))
 
     async def register(self, username: str | None = None, *, one_time_prekeys: int = 0) -> Person:
         """A new person with one device."""
