@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from uuid import UUID, uuid4
 
@@ -17,6 +17,7 @@ from tests.services.messaging.rooms import make_conversation
 from tests.services.messaging.test_channels import conversation, message, new_door
 from tests.stack import Node, Person, Stack
 
+from whispr.instance.valkey import EmbeddedValkey
 from whispr.kit.cache import Cache
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Database
@@ -237,10 +238,18 @@ async def test_notices_reach_every_node_once(nodes: tuple[BusNode, BusNode]) -> 
     assert two.notices[-1] == (people[0], device, "prekeys_low", b'{"remaining":3}')
 
 
+@pytest.fixture(scope="module")
+def quiet_valkey_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Valkey without other tests' nodes."""
+    server = EmbeddedValkey(tmp_path_factory.mktemp("quiet")).start()
+    yield server.url
+    server.stop()
+
+
 async def test_node_that_is_alone_publishes_nothing(
-    messaging_db: Database, valkey_url: str, room: UUID
+    messaging_db: Database, quiet_valkey_url: str, room: UUID
 ) -> None:
-    one, two = BusNode(messaging_db, valkey_url), BusNode(messaging_db, valkey_url)
+    one, two = BusNode(messaging_db, quiet_valkey_url), BusNode(messaging_db, quiet_valkey_url)
     async with one.running():
         await one.serve(room)
         await until(lambda: one.bus._alone)
@@ -261,10 +270,10 @@ async def test_node_that_is_alone_publishes_nothing(
 
 
 async def test_newcomer_finds_what_was_not_published_for_it(
-    messaging_db: Database, valkey_url: str, room: UUID
+    messaging_db: Database, quiet_valkey_url: str, room: UUID
 ) -> None:
     """The other node believes itself alone for a moment longer."""
-    one, two = BusNode(messaging_db, valkey_url), BusNode(messaging_db, valkey_url)
+    one, two = BusNode(messaging_db, quiet_valkey_url), BusNode(messaging_db, quiet_valkey_url)
     async with one.running():
         await until(lambda: one.bus._alone)
         async with two.running():

@@ -21,12 +21,14 @@ _REFRESH_SECONDS: Final = 60.0
 class Watch:
     """A channel that follows presence, and what its viewer may see."""
 
-    __slots__ = ("channel", "topics", "view")
+    __slots__ = ("channel", "is_outdated", "is_reviewed", "topics", "view")
 
     def __init__(self, channel: Channel, view: View, topics: tuple[str, ...] | None) -> None:
         self.channel = channel
         self.view = view
         self.topics = topics
+        self.is_outdated = False
+        self.is_reviewed = False
 
 
 class Whereabouts:
@@ -93,17 +95,36 @@ class Whereabouts:
     async def _watch(
         self, channel: Channel, subjects: frozenset[UUID] | None, topics: tuple[str, ...] | None
     ) -> None:
-        view = View(channel.socket.caller.user_id, subjects)
-        await self._visibility.refresh(view)
         if channel.closed:
             return
+        view = View(channel.socket.caller.user_id, subjects)
+        # Known before it is filled, so that a change meanwhile is not missed.
         watch = self._watches[channel] = Watch(channel, view, topics)
         self._by_viewer.setdefault(view.viewer_id, set()).add(watch)
-        await self._show(watch)
+        watch.is_reviewed = True
+        try:
+            await self._visibility.refresh(view)
+            if self._watches.get(channel) is watch:
+                await self._show(watch)
+        finally:
+            watch.is_reviewed = False
+        if watch.is_outdated:
+            await self._review(watch)
 
     async def _review(self, watch: Watch) -> None:
-        if await self._visibility.refresh(watch.view) and self._watches.get(watch.channel) is watch:
-            await self._show(watch)
+        """Ask what the viewer may see now. One question at a time: a slow answer must not replace a newer one."""
+        watch.is_outdated = True
+        if watch.is_reviewed:
+            return
+        watch.is_reviewed = True
+        try:
+            while watch.is_outdated:
+                watch.is_outdated = False
+                has_changed = await self._visibility.refresh(watch.view)
+                if has_changed and self._watches.get(watch.channel) is watch:
+                    await self._show(watch)
+        finally:
+            watch.is_reviewed = False
 
     async def _show(self, watch: Watch) -> None:
         view = watch.view
