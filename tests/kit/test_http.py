@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -10,7 +12,9 @@ import pytest
 from fastapi import Path
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import Field
 
+from whispr.kit import http, telemetry
 from whispr.kit.db import DatabaseUnavailable
 from whispr.kit.errors import Conflict, Forbidden, Internal, NotFound, RateLimited
 from whispr.kit.http import (
@@ -24,11 +28,14 @@ from whispr.kit.http import (
     new_router,
 )
 from whispr.kit.process import _HttpDoor
+from whispr.kit.settings import CommonSettings
+
+SLOW_SECONDS = 0.05
 
 
 class Note(Body):
     text: str
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
 
 
 def router() -> Any:
@@ -41,6 +48,10 @@ def router() -> Any:
     @made.get("/notes/{note_id}")
     async def read(note_id: Annotated[UUID, Path()]) -> Note:
         raise NotFound(note_id=str(note_id))
+
+    @made.get("/slow")
+    async def slow() -> None:
+        await asyncio.sleep(SLOW_SECONDS)
 
     @made.get("/notes")
     async def page(limit: LimitParam = 50) -> Page[Note]:
@@ -170,6 +181,98 @@ async def test_bad_addresses(
 async def test_a_strange_request_id_is_replaced(client: httpx.AsyncClient) -> None:
     answer = await client.get("/notes", headers={"X-Request-Id": "a b\tc" * 50})
     assert UUID(answer.headers["x-request-id"]).version == 7
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], str]]:
+    """What was logged since the last call, as in production."""
+    telemetry.configure("notes", CommonSettings(environment="production", mesh=True))
+    # A logger keeps what was configured when it first wrote, and earlier tests have used this one.
+    monkeypatch.setattr(http, "log", telemetry.get_logger(http.__name__))
+    capsys.readouterr()
+    yield lambda: capsys.readouterr().out
+    telemetry.configure("test", CommonSettings(environment="test", log_level="error", mesh=True))
+
+
+def request_lines(text: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [line for line in lines if line["event"] == "http_request"]
+
+
+NOTE_ID = "01a1fb8e-963b-71f9-ae9b-c029c90a02cf"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "route"),
+    [
+        ("GET", "/notes", 200, "/notes"),
+        ("GET", f"/notes/{NOTE_ID}", 404, "/notes/{note_id}"),
+        ("GET", "/notes?limit=0", 422, "/notes"),
+        ("GET", "/fail/forbidden", 403, "/fail/{how}"),
+        ("GET", "/fail/away", 503, "/fail/{how}"),
+        ("GET", "/fail/crash", 500, "/fail/{how}"),
+        ("GET", "/nothing", 404, "unmatched"),
+        ("DELETE", "/notes", 405, "unmatched"),
+        ("PROPFIND", "/notes", 405, "unmatched"),
+    ],
+)
+async def test_each_request_is_one_line(
+    client: httpx.AsyncClient, written: Callable[[], str], method: str, path: str, status: int, route: str
+) -> None:
+    answer = await client.request(method, path, headers={"X-Request-Id": "abc"})
+    [line] = request_lines(written())
+    assert answer.status_code == status
+    assert (line["route"], line["status"], line["request_id"]) == (route, status, "abc")
+    assert line["method"] == ("other" if method == "PROPFIND" else method)
+    assert line["ms"] > 0
+    assert line["level"] == "info"
+
+
+async def test_the_milliseconds_are_those_the_request_took(
+    client: httpx.AsyncClient, written: Callable[[], str]
+) -> None:
+    began = time.perf_counter()
+    await client.get("/slow")
+    took = (time.perf_counter() - began) * 1000
+    [line] = request_lines(written())
+    # The loop's clock may wake a sleeper a little early.
+    assert SLOW_SECONDS * 1000 - 5 <= line["ms"] <= took
+
+
+async def test_requests_at_once_keep_their_own_lines(
+    client: httpx.AsyncClient, written: Callable[[], str]
+) -> None:
+    names = [f"r{number}" for number in range(20)]
+    await asyncio.gather(*(client.get("/notes", headers={"X-Request-Id": name}) for name in names))
+    assert sorted(line["request_id"] for line in request_lines(written())) == sorted(names)
+
+
+SECRET = "s3cr3t-Value-7f"
+
+
+async def test_no_line_holds_what_people_sent(client: httpx.AsyncClient, written: Callable[[], str]) -> None:
+    """Neither bodies, ids in paths, queries, tokens nor addresses; also not when it goes wrong."""
+    headers = {"Authorization": f"Bearer {SECRET}", "Cookie": SECRET, "X-Forwarded-For": "203.0.113.77"}
+    for method, path, content in (
+        ("POST", f"/notes?token={SECRET}", json.dumps({"text": SECRET})),
+        ("POST", "/notes", json.dumps({"text": {SECRET: SECRET}})),
+        ("POST", "/notes", f'{{"{SECRET}'),
+        ("GET", f"/notes/{NOTE_ID}?q={SECRET}", ""),
+        ("GET", f"/nothing/{SECRET}", ""),
+        ("GET", f"/fail/away?q={SECRET}", ""),
+    ):
+        await client.request(
+            method, path, content=content, headers={**headers, "Content-Type": "application/json"}
+        )
+    text = written()
+    assert len(request_lines(text)) == 6
+    for personal in (SECRET, NOTE_ID, "203.0.113.77"):
+        assert personal not in text
 
 
 @given(st.tuples(st.integers(0, 2**62), st.text()))
