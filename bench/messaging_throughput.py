@@ -73,7 +73,8 @@ class Run:
     def _on_frame(self, index: int, data: bytes) -> None:
         now = self._loop.time()
         parts = data.split(b'"', 8)
-        if parts[7] == b"phx_reply":
+        if parts[2] == b",":
+            # ["1","ref",topic,"phx_reply",…]; a push has null for its ref.
             if b'"status":"ok"' in data[:200]:
                 self.acknowledged.append(now - self.due[int(parts[3])])
             else:
