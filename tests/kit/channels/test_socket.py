@@ -338,6 +338,21 @@ async def test_channels_per_socket_are_bounded(client: RawClient) -> None:
     assert (await client.next())[4]["status"] == "ok"
 
 
+async def test_joins_under_decision_are_bounded_too(serve: Serve, connect: Connect) -> None:
+    _, port = await serve(limits=Limits(max_channels=3))
+    client = await connect(port)
+    for ref in ("1", "2", "3"):
+        client.send(ref, ref, "room:a", "phx_join", {"wait": True})
+        client.send(ref, f"leave {ref}", "room:a", "phx_leave", {})
+        assert (await client.next())[1] == f"leave {ref}"
+        assert (await client.next())[3] == "phx_close"
+    assert await client.join("room:a", ref="4") == error("too many channels joined")
+    for room in Room.rooms:
+        room.gate.set()
+    await until(lambda: all(room.terminations for room in Room.rooms))
+    assert (await client.join("room:a", ref="5"))["status"] == "ok"
+
+
 async def test_disconnect_releases_everything(serve: Serve, connect: Connect) -> None:
     gone: list[int] = []
     endpoint, port = await serve(on_disconnect=lambda socket: gone.append(socket.id))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import socket
 import struct
@@ -370,6 +371,21 @@ async def test_random_bytes_never_crash_a_connection_handler(
             pytest.fail("the connection hangs")
     await until(lambda: len(endpoint.hub) == 0)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_a_broken_connection_is_not_logged_frame_by_frame(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint, port = await serve()
+    client = deaf_client(port)
+    await until(lambda: endpoint.hub.channels("room:a"))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+    with caplog.at_level(logging.DEBUG):
+        for _ in range(50):
+            endpoint.hub.broadcast("room:a", "news", {"n": 1})
+        await until(lambda: len(endpoint.hub) == 0)
+    assert caplog.records == []
 
 
 async def test_garbage_instead_of_http(serve: Serve) -> None:

@@ -62,6 +62,7 @@ class Socket:
 
     __slots__ = (
         "_channels",
+        "_deciding",
         "_malformed",
         "_malformed_since",
         "_running",
@@ -96,6 +97,7 @@ class Socket:
         self._malformed = 0
         self._malformed_since = 0
         self._running = 0
+        self._deciding = 0
         core.connected(self)
 
     @property
@@ -239,7 +241,8 @@ class Socket:
             self.end_channel(existing, "phx_close", wire.EMPTY_OBJECT)
         if self._channels is None:
             self._channels = {}
-        if len(self._channels) >= self.core.limits.max_channels:
+        # A join that was given up on runs on and counts, or joining and leaving in turn would start any number of them.
+        if max(len(self._channels), self._deciding) >= self.core.limits.max_channels:
             self._reply(frame.join_ref, frame.ref, topic, "error", b'{"reason":"too many channels joined"}')
             return
         try:
@@ -260,6 +263,7 @@ class Socket:
         channel.join_ref = frame.join_ref
         channel.head = self.serializer.head(frame.join_ref)
         self._channels[topic] = channel
+        self._deciding += 1
         self.core.spawn(self._decide(channel, frame.ref, params))
 
     async def _decide(self, channel: Channel, ref: str | None, params: dict[str, Any]) -> None:
@@ -284,6 +288,8 @@ class Socket:
             if self._forget(channel):
                 self._join_crashed(channel.join_ref, ref, channel.topic)
             return
+        finally:
+            self._deciding -= 1
         if failure is not None:
             if self._forget(channel):
                 stats.joins["refused"] += 1

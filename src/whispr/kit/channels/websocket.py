@@ -175,8 +175,12 @@ class WebSocketLink(WSListener):
     def _send(self, kind: WSMsgType, message: bytearray) -> None:
         transport = self._transport
         assert transport is not None
+        below = transport.underlying_transport
+        if below.is_closing():
+            # The connection broke and the loop has yet to say so; it would log each write until then.
+            return
         if self._paused:
-            unsent = transport.underlying_transport.get_write_buffer_size()
+            unsent = below.get_write_buffer_size()
             if unsent > self._server.core.limits.max_write_buffer:
                 stats.slow_closes += 1
                 if self._socket is not None:
