@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Self
 from uuid import UUID, uuid4
 
 import pytest
@@ -64,15 +64,18 @@ class Bench:
             self.devices,
             self.contact,
             self.signatures,
-            self.published.extend,
+            self.publish,
             self._doubt,
             **options,
         )
 
+    def publish(self, events: list[CommittedEvent]) -> None:
+        self.published.extend(events)
+
     def _doubt(self) -> None:
         self.doubts += 1
 
-    async def __aenter__(self) -> Bench:
+    async def __aenter__(self) -> Self:
         await self.db.open()
         await self.flush_db.open()
         self._loop = asyncio.create_task(self.sending.run())

@@ -7,13 +7,16 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import urlsplit
+from uuid import UUID
 
+import psycopg
 import pytest
 from tests.services.messaging.test_sending import Bench
 
 from whispr.kit.errors import Failure
-from whispr.services.messaging.models import SendResult
+from whispr.services.messaging.models import CommittedEvent, Draft, NotAMember, SendResult
 from whispr.services.messaging.service.flusher import SendingUnavailable
+from whispr.services.messaging.store import conversations, members
 
 
 class Proxy:
@@ -28,13 +31,16 @@ class Proxy:
         self.cut: str | None = None
         self.cuts = 0
         self.refuse = False
+        self.refused = 0
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def start(self) -> str:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         port = self._server.sockets[0].getsockname()[1]
         user = self._target.netloc.rpartition("@")[0]
-        return self._target._replace(netloc=f"{user}@127.0.0.1:{port}" if user else f"127.0.0.1:{port}").geturl()
+        return self._target._replace(
+            netloc=f"{user}@127.0.0.1:{port}" if user else f"127.0.0.1:{port}"
+        ).geturl()
 
     async def stop(self) -> None:
         self._server.close()
@@ -47,6 +53,7 @@ class Proxy:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refuse:
+            self.refused += 1
             writer.transport.abort()
             return
         server_reader, server_writer = await asyncio.open_connection(self._target.hostname, self._target.port)
@@ -63,7 +70,12 @@ class Proxy:
         self._writers -= both
 
     async def _pump(
-        self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, doomed: asyncio.Event, *, to_server: bool
+        self,
+        source: asyncio.StreamReader,
+        sink: asyncio.StreamWriter,
+        doomed: asyncio.Event,
+        *,
+        to_server: bool,
     ) -> None:
         while data := await source.read(1 << 20):
             if to_server and self.cut is not None and b'{"ciphertext":' in data:
@@ -91,6 +103,50 @@ class FaultyBench(Bench):
         self.db = self.directory._db = type(self.db)(url, pool_size=3)
 
 
+class WitnessedBench(FaultyBench):
+    """A `FaultyBench` that looks, whenever somebody is told of a message, whether another session can see it.
+
+    `premature` is what was told too early, `acknowledged` the numbers of the messages whose sender was answered.
+    """
+
+    def __init__(self, url: str, proxied_url: str, valkey_url: str, **options: float) -> None:
+        super().__init__(url, proxied_url, valkey_url, **options)
+        self._witness = psycopg.connect(url, autocommit=True)
+        self.premature: list[tuple[str, int]] = []
+        self.acknowledged: list[int] = []
+        self.refused: list[Failure] = []
+
+    async def __aexit__(self, *error: object) -> None:
+        await super().__aexit__(*error)
+        self._witness.close()
+
+    def publish(self, events: list[CommittedEvent]) -> None:
+        for event in events:
+            self._look("published", event.conversation_id, event.seq)
+        super().publish(events)
+
+    def submit(self, drafts: list[Draft]) -> None:
+        """Send without waiting."""
+        for draft in drafts:
+            self.sending.submit(draft, self._answer)
+
+    def _answer(self, answer: SendResult | Failure) -> None:
+        if isinstance(answer, Failure):
+            self.refused.append(answer)
+            return
+        head = answer.message.head
+        self._look("acknowledged", head.conversation_id, head.seq)
+        self.acknowledged.append(head.seq)
+
+    def _look(self, what: str, conversation_id: UUID, seq: int) -> None:
+        # Synchronous on purpose: nothing else may happen between the telling and the look.
+        found = self._witness.execute(
+            "SELECT 1 FROM messages WHERE conversation_id = %s AND seq = %s", (conversation_id, seq)
+        )
+        if found.fetchone() is None:
+            self.premature.append((what, seq))
+
+
 @pytest.fixture(scope="session")
 def messaging_url(database: Callable[[str], str]) -> str:
     return database("messaging")
@@ -111,6 +167,62 @@ async def test_lost_connection_is_nobodys_business(messaging_url: str, valkey_ur
         log = await bench.log(conversation_id)
         assert [event.seq for event in log] == list(range(1, 22))
         assert bench.published == log
+    await proxy.stop()
+
+
+@pytest.mark.parametrize("cut", [None, "request", "half", "answer"])
+async def test_nobody_is_told_before_the_commit(messaging_url: str, valkey_url: str, cut: str | None) -> None:
+    proxy = Proxy(messaging_url)
+    async with WitnessedBench(messaging_url, await proxy.start(), valkey_url) as bench:
+        conversation_id, one, two = await bench.pair()
+        await bench.sending.send(one.draft(conversation_id))
+        proxy.cut = cut
+        bench.submit([device.draft(conversation_id) for device in (one, two) for _ in range(10)])
+        await bench.sending.drain()
+        assert bench.acknowledged == list(range(2, 22))
+        assert [event.seq for event in bench.published] == list(range(1, 22))
+        assert bench.premature == []
+    await proxy.stop()
+
+
+async def test_nobody_is_told_while_the_commit_waits(messaging_url: str, valkey_url: str) -> None:
+    """Also not on the second way in, where what changed meanwhile is stored again under a lock."""
+    async with WitnessedBench(messaging_url, messaging_url, valkey_url) as bench:
+        conversation_id, one, two = await bench.pair()
+        await bench.sending.send(one.draft(conversation_id))
+        async with bench.db.transaction() as tx:
+            await conversations.append_event(
+                tx, conversation_id, "conversation_updated", {}, bench.clock.now()
+            )
+            bench.submit([device.draft(conversation_id) for device in (one, two)])
+            while not await tx.fetchval(
+                "SELECT count(*) FROM pg_stat_activity"
+                " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            ):
+                await asyncio.sleep(0.01)
+            assert (len(bench.published), bench.acknowledged, bench.refused) == (1, [], [])
+        await bench.sending.drain()
+        assert bench.acknowledged == [3, 4]
+        assert [event.seq for event in bench.published] == [1, 3, 4]
+        assert bench.premature == []
+
+
+async def test_nobody_is_told_while_the_database_is_away(messaging_url: str, valkey_url: str) -> None:
+    proxy = Proxy(messaging_url)
+    async with WitnessedBench(messaging_url, await proxy.start(), valkey_url, patience=60) as bench:
+        conversation_id, one, two = await bench.pair()
+        await bench.sending.send(one.draft(conversation_id))
+        proxy.cut, proxy.refuse = "request", True
+        bench.submit([device.draft(conversation_id) for device in (one, two) for _ in range(5)])
+        while proxy.refused < 3:
+            await asyncio.sleep(0.01)
+        assert (len(bench.published), bench.acknowledged, bench.refused) == (1, [], [])
+        assert [event.seq for event in await bench.log(conversation_id)] == [1]
+        proxy.refuse = False
+        await bench.sending.drain()
+        assert bench.acknowledged == list(range(2, 12))
+        assert [event.seq for event in bench.published] == list(range(1, 12))
+        assert bench.premature == []
     await proxy.stop()
 
 
@@ -136,9 +248,6 @@ async def test_session_ended_by_an_administrator_while_waiting_for_a_lock(
 
 async def test_conversation_that_changed_while_the_batch_waited(messaging_url: str, valkey_url: str) -> None:
     """The batch's snapshot is older than a removal it waited for: the removed member must not get in."""
-    from whispr.services.messaging.models import NotAMember
-    from whispr.services.messaging.store import conversations, members
-
     async with Bench(messaging_url, valkey_url) as bench:
         conversation_id, one, two = await bench.pair()
         await bench.sending.send(one.draft(conversation_id))
