@@ -26,7 +26,8 @@ from bench.instance import Instance, own_instance
 from bench.load import Person, device_document, gather_bounded, open_conversation, signed_payload
 from bench.report import percentile, publish
 from whispr.client.failures import ApiError, Unreachable
-from whispr.client.feed import Feed, JoinReply, LogEvent, SyncReply
+from whispr.client.feed import Feed, JoinReply, SyncReply
+from whispr.client.models import LogEvent
 from whispr.client.rest import RestClient
 from whispr.client.socket import Channel, Socket
 

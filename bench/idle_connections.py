@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from functools import partial
 
 import httpx
 import psutil
@@ -47,7 +48,7 @@ async def _people(instance: Instance, count: int) -> list[tuple[Person, str]]:
     async with httpx.AsyncClient(timeout=60) as http:
         conversations = await gather_bounded(
             [
-                lambda one=one, two=two: open_conversation(http, instance.url, one, [two])
+                partial(open_conversation, http, instance.url, one, [two])
                 for one, two in zip(people[::2], people[1::2], strict=True)
             ]
         )
@@ -63,7 +64,7 @@ async def _measure(arguments: argparse.Namespace) -> None:
         started = time.monotonic()
         devices = await gather_bounded(
             [
-                lambda number=number: _join(url, number, *people[number % len(people)])
+                partial(_join, url, number, *people[number % len(people)])
                 for number in range(arguments.connections)
             ],
             64,

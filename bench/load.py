@@ -127,7 +127,7 @@ def signed_payload(sender: Person, conversation: str, devices: list[str] | None)
     return str(client_id), json.dumps(payload, separators=(",", ":")).encode()
 
 
-class Device(WSListener):  # type: ignore[misc]  # picows is compiled without the marks mypy looks for
+class Device(WSListener):
     """One socket. `on_frame` sees each text frame's bytes; joins are awaited, everything else is up to the scenario."""
 
     def __init__(self) -> None:
@@ -181,12 +181,13 @@ class Device(WSListener):  # type: ignore[misc]  # picows is compiled without th
 
 async def connect(url: str, token: str, local_address: str | None = None) -> Device:
     """A connected device. `local_address` spreads connections over 127.0.0.0/8, or ports would run out."""
+    place: dict[str, Any] = {"local_addr": (local_address, 0)} if local_address else {}
     _, device = await ws_connect(
         Device,
         f"{url}?vsn=2.0.0&token={token}",
         websocket_handshake_timeout=60,
         read_buffer_init_size=1024,
-        **({"local_addr": (local_address, 0)} if local_address else {}),
+        **place,
     )
     assert isinstance(device, Device)
     return device

@@ -128,10 +128,7 @@ async def _pairs(instance: Instance, count: int, direct: bool) -> list[End]:
     couples = list(zip(people[::2], people[1::2], strict=True))
     async with httpx.AsyncClient(timeout=60) as http:
         conversations = await gather_bounded(
-            [
-                lambda one=one, two=two: open_conversation(http, instance.url, one, [two])
-                for one, two in couples
-            ]
+            [partial(open_conversation, http, instance.url, one, [two]) for one, two in couples]
         )
     url = instance.socket_url(direct=direct)
     ends = []

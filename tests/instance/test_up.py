@@ -105,7 +105,7 @@ async def test_external_servers_are_used_and_shared_by_one_instance_only(
 ) -> None:
     postgres = EmbeddedPostgres(open_folder / "pg", durable=False).start()
     valkey = EmbeddedValkey(open_folder / "vk").start()
-    external = {"postgres_url": postgres.url, "valkey_url": valkey.url}
+    external: dict[str, Any] = {"postgres_url": postgres.url, "valkey_url": valkey.url}
     try:
         first = make(open_folder / "data", **external)
         async with running(first):

@@ -29,10 +29,13 @@ async def test_json_goes_in_and_out_as_python(db: Database) -> None:
 
 
 async def test_a_failure_rolls_back(db: Database) -> None:
-    with pytest.raises(Conflict):
+    async def change_mind() -> None:
         async with db.transaction() as tx:
             await tx.execute("INSERT INTO notes VALUES (2, NULL)")
             raise Conflict
+
+    with pytest.raises(Conflict):
+        await change_mind()
     async with db.connection() as connection:
         assert await connection.fetchval("SELECT count(*) FROM notes WHERE id = 2") == 0
 

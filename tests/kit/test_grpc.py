@@ -81,7 +81,7 @@ class Pair:
 
 
 async def call(channel: Channel, task: str = "analyze", **options: Any) -> str:
-    stub = kit_pb2_grpc.MaintenanceServiceStub(channel.grpc)  # type: ignore[arg-type]
+    stub = kit_pb2_grpc.MaintenanceServiceStub(channel.grpc)
     request = kit_pb2.RunMaintenanceRequest(task=task)
     response = await channel.call(stub.RunMaintenance, request, **{"timeout": 5.0, **options})
     return str(response.task)
@@ -105,7 +105,7 @@ async def raw_channel(pair: Pair, service: str) -> AsyncIterator[grpc.aio.Channe
     try:
         yield channel
     finally:
-        await channel.close()
+        await channel.close(None)
 
 
 async def test_a_permitted_caller_is_served_and_known(pair: Pair) -> None:
@@ -118,14 +118,14 @@ async def test_a_service_the_policy_does_not_name_is_refused(pair: Pair) -> None
     assert pair.servicer.calls == 0
     async with raw_channel(pair, "media") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(METHOD)(b"", timeout=5)
+            await channel.unary_unary(METHOD, None, None)(b"", timeout=5)
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
 async def test_a_method_nobody_knows_is_refused_like_a_forbidden_one(pair: Pair) -> None:
     async with raw_channel(pair, "scheduling") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary("/kit.MaintenanceService/DropEverything")(b"", timeout=5)
+            await channel.unary_unary("/kit.MaintenanceService/DropEverything", None, None)(b"", timeout=5)
     assert refused.value.code() is grpc.StatusCode.PERMISSION_DENIED
 
 
@@ -149,7 +149,7 @@ async def test_the_text_of_a_defect_does_not_cross(pair: Pair) -> None:
     pair.servicer.answer = crash
     async with raw_channel(pair, "scheduling") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as crashed:
-            await channel.unary_unary(METHOD)(b"", timeout=5)
+            await channel.unary_unary(METHOD, None, None)(b"", timeout=5)
     assert crashed.value.code() is grpc.StatusCode.INTERNAL
     assert "secret" not in f"{crashed.value.details()}{crashed.value.debug_error_string()}"
 

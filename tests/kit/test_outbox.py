@@ -72,10 +72,14 @@ async def test_rows_are_sent_in_order_and_removed(db: Database) -> None:
 
 async def test_an_effect_of_a_rolled_back_change_is_never_sent(db: Database) -> None:
     receiver = Receiver()
-    with pytest.raises(Conflict):
+
+    async def change_mind() -> None:
         async with db.transaction() as tx:
             await outbox.add(tx, "a", "1", {})
             raise Conflict
+
+    with pytest.raises(Conflict):
+        await change_mind()
     assert await Dispatcher(db, ManualClock(), {"a": receiver.take}).drain_once() == 0
 
 

@@ -108,7 +108,7 @@ async def test_health_is_served_over_grpc(identity: Path, valkey_url: str) -> No
             if answer.status == health_pb2.HealthCheckResponse.SERVING:
                 break
             await asyncio.sleep(0.01)
-    await channel.close()
+    await channel.close(None)
     await running.stop()
 
 

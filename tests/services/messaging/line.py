@@ -118,6 +118,7 @@ class Line:
 
     async def seqs(self, topic: str, until: int, timeout: float = WAIT) -> list[int]:
         """The `seq` of every event pushed on `topic` so far, once the last one is `until`."""
+        got: list[int] = []
         try:
             async with asyncio.timeout(timeout):
                 while (got := [p["seq"] for _, p in self.inbox[topic] if "seq" in p])[-1:] != [until]:

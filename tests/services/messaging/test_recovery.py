@@ -76,7 +76,7 @@ async def test_join_with_cursor_continues_it(long_talk: tuple[Door, Door, str], 
         assert joined["recovered"]
         assert not joined["more"]
         assert seqs(joined["events"]) == list(range(first, last + 1))
-    assert joined["head_seq"] == 460
+        assert joined["head_seq"] == 460
 
 
 async def test_more_than_a_join_can_bring_is_synced(long_talk: tuple[Door, Door, str], connect: Open) -> None:
