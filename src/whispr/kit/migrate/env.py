@@ -12,10 +12,6 @@ STATEMENT_TIMEOUT = "60s"
 
 
 def run() -> None:
-    given = context.config.attributes.get("connection")
-    if given is not None:
-        _migrate(given)
-        return
     url = context.config.get_main_option("sqlalchemy.url")
     assert url is not None
     engine = create_engine(url, poolclass=pool.NullPool)
