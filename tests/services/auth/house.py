@@ -12,9 +12,8 @@ from uuid import UUID, uuid4
 
 import httpx
 import msgspec
-import pytest
 from nacl.signing import SigningKey
-from tests.stack import PASSWORD, DeviceKeys, Node, Person, Stack, b64
+from tests.stack import PASSWORD, DeviceKeys, Person, Stack, b64
 
 from whispr.kit.cache import Cache, RateLimiter
 from whispr.kit.clock import ManualClock
@@ -38,14 +37,8 @@ class AuthHouse(Stack):
     SERVICES = ("auth",)
 
     def __init__(self, valkey_url: str, directory: Path, database_url: str) -> None:
-        super().__init__(valkey_url, directory)
+        super().__init__(valkey_url, {"auth": database_url}, directory)
         self.database_url = database_url
-        self._directory = directory
-
-    async def _start_node(self, service: str, grpc_bind: str, **changes: Any) -> Node:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("WHISPR_AUTH_DATABASE_URL", self.database_url)
-            return await super()._start_node(service, grpc_bind, **changes)
 
     async def call(
         self, method: str, path: str, person: Person | None = None, json: Any = None, **options: Any
