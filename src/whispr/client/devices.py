@@ -46,7 +46,8 @@ class Devices:
             await self._ask_for_device(device.user_id, device.device_id)
 
     async def reconcile(self, members: Iterable[UUID], refusal: Mapping[str, Any]) -> None:
-        """Follow the server's `devices_mismatch {missing, extra, stale}`."""
+        """Follow the server's `devices_mismatch {missing, owners, extra, stale}`."""
+        known_members = set(members)
         extra = {UUID(device_id) for device_id in refusal.get("extra", ())}
         with self._store.transaction():
             self._engine.directory.remove(extra)
@@ -54,7 +55,12 @@ class Devices:
             known = self._engine.directory.device(device_id)
             if known is not None:
                 await self._ask_for_device(known.user_id, device_id)
-        await self._find_owners([UUID(device_id) for device_id in refusal.get("missing", ())], members)
+        owners = refusal.get("owners", {})
+        for device_id in refusal.get("missing", ()):
+            owner = UUID(owners[device_id])
+            # Whoever is no member gets nothing encrypted, whatever the server says.
+            if owner in known_members:
+                await self._ask_for_device(owner, UUID(device_id))
 
     async def identify(self, unknown: UnknownSender) -> None:
         """Learn the keys of a device that sent something. Raises Undecryptable when they cannot be what it used."""
@@ -66,21 +72,6 @@ class Devices:
         with self._store.transaction():
             # The server no longer has the device. What it sent is still read, marked as unverified.
             self._engine.directory.claim(unknown.user_id, unknown.device_id, unknown.claimed)
-
-    async def _find_owners(self, device_ids: list[UUID], members: Iterable[UUID]) -> None:
-        """The server names missing devices, not whose they are: ask for each of the members in turn."""
-        wanted = set(device_ids)
-        for user_id in sorted(members):
-            if not wanted:
-                return
-            if self._engine.directory.devices_of(user_id) is None:
-                await self._ask_for_user(user_id)
-                known = self._engine.directory.devices_of(user_id) or []
-                wanted -= {device.device_id for device in known}
-                continue
-            for device_id in sorted(wanted):
-                if await self._ask_for_device(user_id, device_id):
-                    wanted.discard(device_id)
 
     async def _ask_for_user(self, user_id: UUID) -> None:
         try:

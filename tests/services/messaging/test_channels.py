@@ -104,6 +104,7 @@ async def test_each_device_gets_its_own_envelope_only(stack: Stack, connect: Ope
     assert refusal == {
         "reason": "devices_mismatch",
         "missing": [str(ben_too.device_id)],
+        "owners": {str(ben_too.device_id): str(ben_too.user_id)},
         "extra": [],
         "stale": [],
     }

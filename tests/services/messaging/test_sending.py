@@ -284,6 +284,7 @@ async def test_envelopes_must_be_for_exactly_the_current_devices(bench: Bench) -
         await bench.sending.send(one.draft(conversation_id, envelopes(one, two, stranger)))
     assert refused.value.fields == {
         "missing": sorted(str(device.device_id) for device in (one_too, two_too)),
+        "owners": {str(device.device_id): str(device.user_id) for device in (one_too, two_too)},
         "extra": sorted(str(device.device_id) for device in (one, stranger)),
         "stale": [],
     }
@@ -293,7 +294,7 @@ async def test_envelopes_must_be_for_exactly_the_current_devices(bench: Bench) -
     bench.devices.changed(two.user_id)
     with pytest.raises(DevicesMismatch) as refused:
         await bench.sending.send(one.draft(conversation_id, reinstalled))
-    assert refused.value.fields == {"missing": [], "extra": [], "stale": [str(two_too.device_id)]}
+    assert refused.value.fields == {"missing": [], "owners": {}, "extra": [], "stale": [str(two_too.device_id)]}
     assert len(await bench.log(conversation_id)) == 2
 
 

@@ -77,7 +77,7 @@ def _add_sending(router: APIRouter, sending: Sending) -> None:
 
         The same `client_id` from the same device answers the first result again with 200, or 409
         `client_id_conflict` if the content differs. With envelopes, their devices must be exactly the members' current
-        ones but the calling one: else 409 `devices_mismatch` with `missing`, `extra` and `stale`.
+        ones but the calling one: else 409 `devices_mismatch` with `missing` (and their `owners`), `extra` and `stale`.
         """
         if body.send_at is not None:
             # To send it now instead would be worse than not to send it.

@@ -219,10 +219,20 @@ class Sending:
         if not asked_auth:
             # Ours may be the list that is behind. Auth is asked once before a sender is told to encrypt again.
             raise _Missing(lambda: self._devices.load(conversation.members, again=True), asks_auth=True)
+        missing = sorted(current.keys() - given.keys())
         raise DevicesMismatch(
-            missing=sorted(current.keys() - given.keys()),
+            missing=missing,
+            # A sender that does not know a device needs its owner to ask for its keys.
+            owners={device: str(self._owner(device, conversation)) for device in missing},
             extra=sorted(given.keys() - current.keys()),
             stale=sorted(stale),
+        )
+
+    def _owner(self, device: str, conversation: Conversation) -> UUID:
+        return next(
+            user_id
+            for user_id in conversation.members
+            if (known := self._devices.peek(user_id)) is not None and device in known.registrations
         )
 
     async def _load_conversation(self, conversation_id: UUID) -> None:
