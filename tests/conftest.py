@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+# gRPC runs in this process, and its fork handlers would break the servers that other tests start from it. It reads this
+# when it is imported.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 import psycopg
 import pytest

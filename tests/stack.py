@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -124,7 +125,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     # Only while a service starts: processes that other tests start would inherit a longer-lived change.
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
-            patch.setenv(name, value)
+            # What a test has set itself wins.
+            patch.setenv(name, os.environ.get(name, value))
         yield
 
 

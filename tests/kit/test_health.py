@@ -283,3 +283,15 @@ async def test_a_change_is_logged_once(
         telemetry.configure("test", quiet)
     events = [json.loads(line)["event"] for line in capsys.readouterr().out.splitlines()]
     assert events == ["check failed", "check passed again"]
+
+
+async def test_a_starting_process_is_unready_and_an_advisory_check_does_not_decide() -> None:
+    async def fail() -> bool:
+        return False
+
+    health = Health({"cache": fail}, advisory=("cache",), starting=True)
+    assert not (await health.report()).ready
+    health.started()
+    report = await health.report()
+    assert report.ready
+    assert report.checks["cache"].error == "not_ready"

@@ -45,6 +45,10 @@ class Readiness:
                 self._answer = (time.monotonic(), answer)
             return answer
 
+    def forget(self) -> None:
+        """Ask anew: a process was replaced, and what its predecessor answered says nothing of it."""
+        self._answer = (float("-inf"), {})
+
     async def is_ready(self, service: str) -> bool:
         return await self._get(f"http://127.0.0.1:{self._ports[service]}/readyz")
 

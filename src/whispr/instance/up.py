@@ -431,7 +431,7 @@ class Instance:
         child = Child(
             name,
             start,
-            changed=self._record,
+            changed=self._replaced,
             trouble=self._progress.trouble,
             stop_signal=stop_signal,
             grace=grace,
@@ -440,6 +440,11 @@ class Instance:
         child.start()
         self._record()
         return child
+
+    def _replaced(self) -> None:
+        if self._readiness is not None:
+            self._readiness.forget()
+        self._record()
 
     def _record(self) -> None:
         """Writes run.json: also while starting, so that a killed start leaves word of what it had started."""

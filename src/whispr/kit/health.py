@@ -57,6 +57,7 @@ class Health:
 
     A check that takes longer than `timeout` seconds has failed. `grpc_services` are the full names of the gRPC services
     whose health follows this process' readiness. Checks named in `advisory` are shown and do not decide.
+    With `starting` the process is unready until `started` is called.
     """
 
     def __init__(
@@ -66,7 +67,9 @@ class Health:
         timeout: float = 2.0,
         grpc_services: Iterable[str] = (),
         advisory: Iterable[str] = (),
+        starting: bool = False,
     ) -> None:
+        self._starting = starting
         self._checks = dict(checks)
         self._advisory = frozenset(advisory)
         self._cache_seconds = cache_seconds
@@ -89,6 +92,10 @@ class Health:
         for name in self._grpc_names:
             await self._servicer.set(name, _NOT_SERVING)
 
+    def started(self) -> None:
+        """The doors are open: readiness is now a matter of the checks."""
+        self._starting = False
+
     async def report(self) -> Report:
         """The present state, from the last round if that is recent enough."""
         async with self._round:
@@ -101,7 +108,8 @@ class Health:
         passed = all(
             result.error is None for name, result in self._results.items() if name not in self._advisory
         )
-        return Report(passed and not self._draining, self._draining, self._results)
+        ready = passed and not self._draining and not self._starting
+        return Report(ready, self._draining, self._results)
 
     async def _run(self, name: str) -> CheckResult:
         started = time.monotonic()

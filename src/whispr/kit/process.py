@@ -182,7 +182,8 @@ class Running:
         self.context = context
         self.supervisor = Supervisor()
         # Without Valkey everything goes on, more slowly; taking every process out of service for it would stop it all.
-        self.health = Health({**self._own_checks(), **service.checks}, advisory=("cache",))
+        # The internal port answers from the first moment on, and the doors that work comes through open last.
+        self.health = Health({**self._own_checks(), **service.checks}, advisory=("cache",), starting=True)
         self.http_port: int | None = None
         self.grpc_port: int | None = None
         self.internal_port: int | None = None
@@ -251,6 +252,7 @@ class Running:
             self._http = _HttpDoor(self.service.http, common.http_bind, common.shutdown_seconds)
             self.http_port = self._http.port
             await self._http.start()
+        self.health.started()
         log.info("service_started", ports=self.ports)
 
     async def _start_grpc(self, common: CommonSettings) -> None:

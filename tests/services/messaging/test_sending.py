@@ -294,7 +294,12 @@ async def test_envelopes_must_be_for_exactly_the_current_devices(bench: Bench) -
     bench.devices.changed(two.user_id)
     with pytest.raises(DevicesMismatch) as refused:
         await bench.sending.send(one.draft(conversation_id, reinstalled))
-    assert refused.value.fields == {"missing": [], "owners": {}, "extra": [], "stale": [str(two_too.device_id)]}
+    assert refused.value.fields == {
+        "missing": [],
+        "owners": {},
+        "extra": [],
+        "stale": [str(two_too.device_id)],
+    }
     assert len(await bench.log(conversation_id)) == 2
 
 
