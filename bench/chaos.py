@@ -138,6 +138,7 @@ _PASSING = frozenset(
         "database_unavailable",
         "neighbour_unavailable",
         "overloaded",
+        "sending_unavailable",
         "cache_unavailable",
         "identity_unavailable",
     }

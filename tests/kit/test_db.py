@@ -58,6 +58,14 @@ async def test_every_connection_of_the_pool_may_be_cut_at_once(db: Database) -> 
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
+    # A connection that is not known to be cut yet may be handed out, once each.
+    failures = 0
+    for _ in range(6):
+        try:
+            await db.ready()
+        except DatabaseUnavailable:
+            failures += 1
+    assert failures <= 3
     await asyncio.gather(*(db.ready() for _ in range(3)))
 
 

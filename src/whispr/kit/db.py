@@ -22,17 +22,17 @@ from whispr.kit.telemetry import metrics
 
 Connection: TypeAlias = "asyncpg.Connection[Any] | asyncpg.pool.PoolConnectionProxy[Any]"
 
-# The server went away, is starting, is stopping, or an administrator ended the session. Anything else a statement
-# raises is a defect of ours or a conflict the caller handles.
+# The server went away, is starting or stopping, is out of something, or somebody ended the statement (SQLSTATE classes
+# 08, 53, 57 and 58). Anything else a statement raises is a defect of ours or a conflict the caller handles.
 LOST_CONNECTION: tuple[type[BaseException], ...] = (
     OSError,
     asyncio.TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
-    asyncpg.CannotConnectNowError,
-    asyncpg.AdminShutdownError,
-    asyncpg.CrashShutdownError,
-    asyncpg.TooManyConnectionsError,
+    asyncpg.InsufficientResourcesError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.PostgresSystemError,
 )
 
 _databases: weakref.WeakSet[Database] = weakref.WeakSet()

@@ -55,6 +55,11 @@ _STATUS: dict[Kind, grpc.StatusCode] = {
     Kind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 
+# The policy refuses without a code, as do methods that the other side does not have: a mistake in what is deployed.
+_REFUSED = frozenset(
+    {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
+)
+
 _caller: ContextVar[str] = ContextVar("whispr_caller_service")
 
 RequestT_contra = TypeVar("RequestT_contra", bound=Message, contravariant=True)
@@ -342,11 +347,13 @@ class Channel:
                 msgspec.json.decode(fields) if isinstance(fields, bytes) else None,
                 float(retry_after) if isinstance(retry_after, str) else None,
             )
-        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            self._trip()
-            return NeighbourUnavailable(self._service)
-        log.error("grpc_call_failed", target=self._service, status=error.code().name, details=error.details())
-        return Internal()
+        if error.code() in _REFUSED:
+            log.error("grpc_call_refused", target=self._service, status=error.code().name)
+            return Internal()
+        # Our doors name every failure of their own, so this is the transport's: a neighbour that is killed in the middle
+        # of a call shows as UNAVAILABLE, but also as UNKNOWN, CANCELLED or INTERNAL.
+        self._trip()
+        return NeighbourUnavailable(self._service)
 
     def _trip(self) -> None:
         self._failures += 1
