@@ -24,11 +24,11 @@ HEARTBEAT_SECONDS = 30.0
 PER_ADDRESS = 10_000
 
 
-async def _join(url: str, number: int, person: Person, conversation: str) -> Device:
+async def _join(url: str, number: int, person: Person, conversation: str, joined: list[Device]) -> None:
     device = await connect(url, person.token, f"127.0.{1 + number // PER_ADDRESS}.1")
     await device.join(f"user:{person.user_id}", ref="1")
     await device.join(f"conversation:{conversation}", ref="2")
-    return device
+    joined.append(device)
 
 
 async def _beat(devices: list[Device], seconds: float) -> None:
@@ -40,7 +40,7 @@ async def _beat(devices: list[Device], seconds: float) -> None:
         for number in range(sent, wanted):
             devices[number % len(devices)].send(HEARTBEAT)
         sent = max(sent, wanted)
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
 
 
 async def _people(instance: Instance, count: int) -> list[tuple[Person, str]]:
@@ -62,14 +62,18 @@ async def _measure(arguments: argparse.Namespace) -> None:
         process = psutil.Process(instance.service("messaging")["pid"])
         before = process.memory_info().rss
         started = time.monotonic()
-        devices = await gather_bounded(
+        devices: list[Device] = []
+        # Those that have joined must beat while the rest still joins, or the server would close them as dead.
+        beating = asyncio.create_task(_beat(devices, 3600))
+        await gather_bounded(
             [
-                partial(_join, url, number, *people[number % len(people)])
+                partial(_join, url, number, *people[number % len(people)], devices)
                 for number in range(arguments.connections)
             ],
             64,
         )
         joined = time.monotonic() - started
+        beating.cancel()
         # Replies, first presence and garbage of joining settle before memory is read.
         await _beat(devices, 10)
         after = process.memory_info().rss
