@@ -255,6 +255,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
             stored += len(history)
             await _all_given(room, len(history))
             wrong += _check_room(room, history)
+        instance.keep_logs = bool(wrong)
         latencies = sorted(second * 1000 for member in members for second in member.latencies)
         for member in members:
             assert member.socket is not None

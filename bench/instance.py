@@ -19,12 +19,16 @@ from whispr.instance.ports import free_port
 
 
 class Instance:
-    """A running instance. `url` is its public address; `run` the present `run.json`."""
+    """A running instance. `url` is its public address; `run` the present `run.json`.
+
+    With `keep_logs` set, its logs outlive it, and where they are is printed.
+    """
 
     def __init__(self, directory: Path, process: subprocess.Popen[bytes], url: str) -> None:
         self.directory = directory
         self.process = process
         self.url = url
+        self.keep_logs = False
 
     @property
     def run(self) -> dict[str, Any]:
@@ -63,9 +67,10 @@ def own_instance(**environment: str) -> Iterator[Instance]:
         stdout=log,
         stderr=log,
     )
+    instance = Instance(directory / "data", process, f"http://127.0.0.1:{port}")
     try:
         _await_ready(process, directory, time.monotonic() + 120)
-        yield Instance(directory / "data", process, f"http://127.0.0.1:{port}")
+        yield instance
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -73,6 +78,10 @@ def own_instance(**environment: str) -> Iterator[Instance]:
         except subprocess.TimeoutExpired:
             process.kill()
         log.close()
+        if instance.keep_logs:
+            kept = Path(tempfile.mkdtemp(prefix="whispr-bench-logs-"))
+            shutil.copytree(instance.directory / "logs", kept, dirs_exist_ok=True)
+            print("logs kept in", kept)
         shutil.rmtree(directory, ignore_errors=True)
 
 

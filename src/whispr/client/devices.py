@@ -57,6 +57,8 @@ class Devices:
                 await self._ask_for_device(known.user_id, device_id)
         owners = refusal.get("owners", {})
         for device_id in refusal.get("missing", ()):
+            if device_id not in owners:
+                continue
             owner = UUID(owners[device_id])
             # Whoever is no member gets nothing encrypted, whatever the server says.
             if owner in known_members:

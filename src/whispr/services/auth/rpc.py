@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, time
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 from uuid import UUID
 
 import grpc
 import msgspec
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from whispr.contracts import auth_pb2, auth_pb2_grpc
 from whispr.kit.errors import Invalid, InvalidToken, SessionRevoked, TokenExpired
 from whispr.kit.identity import Identity
+from whispr.kit.rpc_fields import as_timestamp, read_choice, read_id, read_ids, read_time
 from whispr.services.auth.models import (
     AccountInfo,
     DeliveryOutcome,
@@ -26,7 +26,6 @@ from whispr.services.auth.service import Auth
 from whispr.services.auth.service.housekeeping import KeyKind
 
 Call = grpc.aio.ServicerContext[Any, Any]
-Choice = TypeVar("Choice")
 
 BATCH = 1000
 
@@ -53,7 +52,7 @@ class AuthServicer(auth_pb2_grpc.AuthServiceServicer):
             device_id=str(caller.device_id),
             session_id=str(caller.session_id),
             roles=sorted(caller.roles),
-            expires_at=_timestamp(datetime.fromtimestamp(caller.expires_at, UTC)),
+            expires_at=as_timestamp(datetime.fromtimestamp(caller.expires_at, UTC)),
         )
 
     async def GetUserInfo(
@@ -89,21 +88,21 @@ class AuthServicer(auth_pb2_grpc.AuthServiceServicer):
     async def GetDeviceInfo(
         self, request: auth_pb2.GetDeviceInfoRequest, context: Call
     ) -> auth_pb2.GetDeviceInfoResponse:
-        device = await self._auth.devices.info(_id("device_id", request.device_id))
+        device = await self._auth.devices.info(read_id("device_id", request.device_id))
         return auth_pb2.GetDeviceInfoResponse(device=_device(device))
 
     async def ValidateDevice(
         self, request: auth_pb2.ValidateDeviceRequest, context: Call
     ) -> auth_pb2.ValidateDeviceResponse:
         reason = await self._auth.devices.validate(
-            _id("user_id", request.user_id), _id("device_id", request.device_id)
+            read_id("user_id", request.user_id), read_id("device_id", request.device_id)
         )
         return auth_pb2.ValidateDeviceResponse(valid=not reason, reason=reason)
 
     async def ReportDeviceDelivery(
         self, request: auth_pb2.ReportDeviceDeliveryRequest, context: Call
     ) -> auth_pb2.ReportDeviceDeliveryResponse:
-        operation_id = _id("operation_id", request.operation_id)
+        operation_id = read_id("operation_id", request.operation_id)
         _bounded("deliveries", len(request.deliveries))
         reports = [_report(item) for item in request.deliveries]
         return auth_pb2.ReportDeviceDeliveryResponse(
@@ -114,7 +113,7 @@ class AuthServicer(auth_pb2_grpc.AuthServiceServicer):
         self, request: auth_pb2.CleanupExpiredSessionsRequest, context: Call
     ) -> auth_pb2.CleanupExpiredSessionsResponse:
         # Cleaning twice is cleaning once, so the operation needs no record; a caller without one is still wrong.
-        _id("operation_id", request.operation_id)
+        read_id("operation_id", request.operation_id)
         cleaned = await self._auth.housekeeping.clean()
         return auth_pb2.CleanupExpiredSessionsResponse(
             sessions_removed=cleaned.sessions, revocations_removed=cleaned.revocations
@@ -123,9 +122,9 @@ class AuthServicer(auth_pb2_grpc.AuthServiceServicer):
     async def RotateKeys(
         self, request: auth_pb2.RotateKeysRequest, context: Call
     ) -> auth_pb2.RotateKeysResponse:
-        kind: KeyKind = _choice("kind", request.kind, get_args(KeyKind))
+        kind: KeyKind = read_choice("kind", request.kind, get_args(KeyKind))
         rotated, key_id = await self._auth.housekeeping.rotate_keys(
-            _id("operation_id", request.operation_id), kind, force=request.force
+            read_id("operation_id", request.operation_id), kind, force=request.force
         )
         return auth_pb2.RotateKeysResponse(rotated=rotated, key_id=key_id)
 
@@ -135,10 +134,10 @@ class AuthServicer(auth_pb2_grpc.AuthServiceServicer):
     async def GetRevocations(
         self, request: auth_pb2.GetRevocationsRequest, context: Call
     ) -> auth_pb2.GetRevocationsResponse:
-        revocations = await self._auth.source.revocations(_moment("since", request.since))
+        revocations = await self._auth.source.revocations(read_time("since", request.since))
         return auth_pb2.GetRevocationsResponse(
             revocations=[
-                auth_pb2.Revocation(subject=item.subject, id=str(item.id), at=_timestamp(item.at))
+                auth_pb2.Revocation(subject=item.subject, id=str(item.id), at=as_timestamp(item.at))
                 for item in revocations
             ]
         )
@@ -158,50 +157,23 @@ def _bounded(field: str, count: int) -> None:
         raise Invalid(f"{field} holds more than {BATCH}.", field=field)
 
 
-def _id(field: str, text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError as error:
-        raise Invalid(f"{field} is not a UUID.", field=field) from error
-
-
 def _ids(field: str, texts: Iterable[str]) -> list[UUID]:
-    ids = [_id(field, text) for text in texts]
+    ids = read_ids(field, texts)
     _bounded(field, len(ids))
     return ids
 
 
-def _choice(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise Invalid(f"{field} is not one of {', '.join(map(str, choices))}.", field=field)
-
-
-def _moment(field: str, value: Timestamp) -> datetime:
-    try:
-        return value.ToDatetime(UTC)
-    except (ValueError, OverflowError) as error:
-        raise Invalid(f"{field} is not a time.", field=field) from error
-
-
-def _timestamp(moment: datetime) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromDatetime(moment)
-    return stamp
-
-
 def _report(item: auth_pb2.DeviceDelivery) -> DeliveryReport:
-    channel: PushChannel = _choice("channel", item.channel, get_args(PushChannel))
-    outcome: DeliveryOutcome = _choice("outcome", item.outcome, get_args(DeliveryOutcome))
+    channel: PushChannel = read_choice("channel", item.channel, get_args(PushChannel))
+    outcome: DeliveryOutcome = read_choice("outcome", item.outcome, get_args(DeliveryOutcome))
     if not item.HasField("token_updated_at"):
         # Without it the report could kill a token that was set after it.
         raise Invalid("token_updated_at is needed.", field="token_updated_at")
     return DeliveryReport(
-        device_id=_id("device_id", item.device_id),
+        device_id=read_id("device_id", item.device_id),
         channel=channel,
         outcome=outcome,
-        token_updated_at=_moment("token_updated_at", item.token_updated_at),
+        token_updated_at=read_time("token_updated_at", item.token_updated_at),
     )
 
 
@@ -210,7 +182,7 @@ def _user(account: AccountInfo) -> auth_pb2.UserInfo:
         user_id=str(account.user_id),
         username=account.username or "",
         status=account.status,
-        created_at=_timestamp(account.created_at),
+        created_at=as_timestamp(account.created_at),
         roles=account.roles,
     )
 
@@ -224,8 +196,8 @@ def _device(device: Device) -> auth_pb2.Device:
         registration_id=device.registration_id,
         identity_key=device.identity_key,
         signing_key=device.signing_key,
-        created_at=_timestamp(device.created_at),
-        last_seen_at=_timestamp(datetime.combine(device.last_seen_day, time(), UTC)),
+        created_at=as_timestamp(device.created_at),
+        last_seen_at=as_timestamp(datetime.combine(device.last_seen_day, time(), UTC)),
         is_active=device.active,
         has_push_token=device.has_push_token,
     )
@@ -240,6 +212,6 @@ def _token(token: PushToken) -> auth_pb2.DeviceToken:
         token=token.token,
         app_id=token.app_id,
         environment=token.environment,
-        updated_at=_timestamp(token.updated_at),
+        updated_at=as_timestamp(token.updated_at),
         epoch=token.epoch,
     )

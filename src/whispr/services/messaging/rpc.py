@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import UUID
 
 import grpc
 
 from whispr.contracts import messaging_pb2, messaging_pb2_grpc
-from whispr.kit.errors import Invalid
+from whispr.kit.rpc_fields import read_id
 from whispr.services.messaging.service.erasure import Erasure
 
 Call = grpc.aio.ServicerContext[Any, Any]
@@ -25,8 +24,8 @@ class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
         self, request: messaging_pb2.EraseUserRequest, context: Call
     ) -> messaging_pb2.EraseUserResponse:
         # Erasing twice is erasing once, so the operation needs no record; a caller without one is still wrong.
-        _id("operation_id", request.operation_id)
-        left = await self._erasure.erase(_id("user_id", request.user_id))
+        read_id("operation_id", request.operation_id)
+        left = await self._erasure.erase(read_id("user_id", request.user_id))
         return messaging_pb2.EraseUserResponse(conversations_left=left)
 
 
@@ -37,10 +36,3 @@ def register(erasure: Erasure) -> Callable[[grpc.aio.Server], None]:
         messaging_pb2_grpc.add_MessagingServiceServicer_to_server(MessagingServicer(erasure), server)
 
     return add
-
-
-def _id(field: str, text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError as error:
-        raise Invalid(f"{field} is not a UUID.", field=field) from error

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
-from typing import Any, TypeVar, get_args
-from uuid import UUID
+from collections.abc import Callable
+from typing import Any, get_args
 
 import grpc
 import msgspec
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from whispr.contracts import user_pb2, user_pb2_grpc
 from whispr.kit.errors import Invalid
+from whispr.kit.rpc_fields import read_choice, read_id, read_ids, read_time
 from whispr.services.user.models import Profile, Purpose, Quotas, StorageAction, StorageRequest
 from whispr.services.user.service import UserService
 
 Call = grpc.aio.ServicerContext[Any, Any]
-Choice = TypeVar("Choice")
 
 
 class UserServicer(user_pb2_grpc.UserServiceServicer):
@@ -29,15 +26,15 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     async def GetProfiles(
         self, request: user_pb2.GetProfilesRequest, context: Call
     ) -> user_pb2.GetProfilesResponse:
-        profiles = await self._service.profiles.batch(_ids("user_ids", request.user_ids))
+        profiles = await self._service.profiles.batch(read_ids("user_ids", request.user_ids))
         return user_pb2.GetProfilesResponse(profiles=[_profile(profile) for profile in profiles])
 
     async def CheckContactability(
         self, request: user_pb2.CheckContactabilityRequest, context: Call
     ) -> user_pb2.CheckContactabilityResponse:
-        purpose: Purpose = _choice("purpose", request.purpose, get_args(Purpose))
+        purpose: Purpose = read_choice("purpose", request.purpose, get_args(Purpose))
         results = await self._service.relations.contactability(
-            _id("sender_id", request.sender_id), _ids("recipient_ids", request.recipient_ids), purpose
+            read_id("sender_id", request.sender_id), read_ids("recipient_ids", request.recipient_ids), purpose
         )
         return user_pb2.CheckContactabilityResponse(
             results=[
@@ -52,7 +49,7 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         self, request: user_pb2.GetPresenceVisibilityRequest, context: Call
     ) -> user_pb2.GetPresenceVisibilityResponse:
         subjects = await self._service.relations.presence_visibility(
-            _id("viewer_id", request.viewer_id), _ids("subject_ids", request.subject_ids)
+            read_id("viewer_id", request.viewer_id), read_ids("subject_ids", request.subject_ids)
         )
         return user_pb2.GetPresenceVisibilityResponse(
             subjects=[
@@ -66,20 +63,20 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     async def GetUserQuotas(
         self, request: user_pb2.GetUserQuotasRequest, context: Call
     ) -> user_pb2.GetUserQuotasResponse:
-        quotas = await self._service.storage.quotas(_id("user_id", request.user_id))
+        quotas = await self._service.storage.quotas(read_id("user_id", request.user_id))
         return user_pb2.GetUserQuotasResponse(quotas=_quotas(quotas))
 
     async def UpdateStorageUsage(
         self, request: user_pb2.UpdateStorageUsageRequest, context: Call
     ) -> user_pb2.UpdateStorageUsageResponse:
-        action: StorageAction = _choice("action", request.action, get_args(StorageAction))
+        action: StorageAction = read_choice("action", request.action, get_args(StorageAction))
         usage = await self._service.storage.update(
             StorageRequest(
-                operation_id=_id("operation_id", request.operation_id),
-                user_id=_id("user_id", request.user_id),
+                operation_id=read_id("operation_id", request.operation_id),
+                user_id=read_id("user_id", request.user_id),
                 action=action,
                 bytes=request.bytes,
-                reservation_id=_id("reservation_id", request.reservation_id)
+                reservation_id=read_id("reservation_id", request.reservation_id)
                 if request.reservation_id
                 else None,
             )
@@ -92,15 +89,15 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         self, request: user_pb2.EraseUserRequest, context: Call
     ) -> user_pb2.EraseUserResponse:
         # Erasing twice is erasing once, so the operation needs no record; a caller without one is still wrong.
-        _id("operation_id", request.operation_id)
-        await self._service.erasure.erase(_id("user_id", request.user_id))
+        read_id("operation_id", request.operation_id)
+        await self._service.erasure.erase(read_id("user_id", request.user_id))
         return user_pb2.EraseUserResponse()
 
     async def GenerateActivityReport(
         self, request: user_pb2.GenerateActivityReportRequest, context: Call
     ) -> user_pb2.GenerateActivityReportResponse:
         report = await self._service.reports.activity(
-            _moment("from", getattr(request, "from")), _moment("until", request.until)
+            read_time("from", getattr(request, "from")), read_time("until", request.until)
         )
         return user_pb2.GenerateActivityReportResponse(report=msgspec.json.encode(report).decode())
 
@@ -111,8 +108,8 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
             # Left out it would read as 1970 by some and as "everybody" by others.
             raise Invalid("inactive_since is needed.", field="inactive_since")
         affected = await self._service.reports.cleanup_inactive(
-            _id("operation_id", request.operation_id),
-            _moment("inactive_since", request.inactive_since),
+            read_id("operation_id", request.operation_id),
+            read_time("inactive_since", request.inactive_since),
             dry_run=request.dry_run,
             limit=request.limit,
         )
@@ -126,31 +123,6 @@ def register(service: UserService) -> Callable[[grpc.aio.Server], None]:
         user_pb2_grpc.add_UserServiceServicer_to_server(UserServicer(service), server)
 
     return add
-
-
-def _id(field: str, text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError as error:
-        raise Invalid(f"{field} is not a UUID.", field=field) from error
-
-
-def _ids(field: str, texts: Iterable[str]) -> list[UUID]:
-    return [_id(field, text) for text in texts]
-
-
-def _choice(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
-    for choice in choices:
-        if choice == value:
-            return choice
-    raise Invalid(f"{field} is not one of {', '.join(map(str, choices))}.", field=field)
-
-
-def _moment(field: str, value: Timestamp) -> datetime:
-    try:
-        return value.ToDatetime(UTC)
-    except (ValueError, OverflowError) as error:
-        raise Invalid(f"{field} is not a moment.", field=field) from error
 
 
 def _profile(profile: Profile) -> user_pb2.Profile:

@@ -80,10 +80,6 @@ class Typists:
             self._tell(conversation_id, user_id, known.apart, starts=False)
             self._bus.hint(conversation_id, _HINT, _encode(_Hint(user_id, False, list(known.apart))))
 
-    def is_typing(self, conversation_id: UUID, user_id: UUID) -> bool:
-        """Whether the others believe that the person is typing."""
-        return (conversation_id, user_id) in self._typing
-
     async def run(self) -> None:
         """End what nobody has ended, for ever."""
         while True:
