@@ -91,7 +91,7 @@ def create_server(settings: CommonSettings, identity: WorkloadIdentity | None) -
             ("grpc.max_receive_message_length", MAX_MESSAGE),
             ("grpc.max_send_message_length", MAX_MESSAGE),
             # Two processes must not share a port by accident: the second would steal calls of the first.
-            ("grpc.so_reuseport", 0),
+            ("grpc.so_reuseport", int(settings.share_ports)),
         ],
     )
 

@@ -133,11 +133,13 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _HttpDoor:
-    def __init__(self, app: Any, bind: str, shutdown_seconds: float) -> None:
+    def __init__(self, app: Any, bind: str, shutdown_seconds: float, *, share: bool = False) -> None:
         host, port = split_bind(bind)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if share:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         self._socket.bind((host, port))
         self.port: int = self._socket.getsockname()[1]
         self._server = _Uvicorn(
@@ -187,7 +189,8 @@ class Running:
         self.http_port: int | None = None
         self.grpc_port: int | None = None
         self.internal_port: int | None = None
-        self._http: _HttpDoor | None = None
+        self.own_http_port: int | None = None
+        self._http: list[_HttpDoor] = []
         self._internal: _HttpDoor | None = None
         self._grpc: grpc.aio.Server | None = None
         self._stopped = False
@@ -195,7 +198,12 @@ class Running:
     @property
     def ports(self) -> dict[str, int]:
         """Every port by name."""
-        named = {"http": self.http_port, "grpc": self.grpc_port, "internal": self.internal_port}
+        named = {
+            "http": self.http_port,
+            "grpc": self.grpc_port,
+            "internal": self.internal_port,
+            "own_http": self.own_http_port,
+        }
         return {**{name: port for name, port in named.items() if port is not None}, **self.service.ports}
 
     @classmethod
@@ -249,11 +257,17 @@ class Running:
             await step()
         self.supervisor.start()
         if self.service.http is not None:
-            self._http = _HttpDoor(self.service.http, common.http_bind, common.shutdown_seconds)
-            self.http_port = self._http.port
-            await self._http.start()
+            self.http_port = await self._open_http(common.http_bind, share=common.share_ports)
+            if common.own_http_bind is not None:
+                self.own_http_port = await self._open_http(common.own_http_bind, share=False)
         self.health.started()
         log.info("service_started", ports=self.ports)
+
+    async def _open_http(self, bind: str, *, share: bool) -> int:
+        door = _HttpDoor(self.service.http, bind, self.context.common.shutdown_seconds, share=share)
+        self._http.append(door)
+        await door.start()
+        return door.port
 
     async def _start_grpc(self, common: CommonSettings) -> None:
         self._grpc = create_server(common, self.context.workload)
@@ -273,8 +287,7 @@ class Running:
         await self.health.drain()
         for step in self.service.on_drain:
             await self._quietly(step)
-        if self._http is not None:
-            await self._quietly(self._http.stop)
+        await asyncio.gather(*(self._quietly(door.stop) for door in self._http))
         if self._grpc is not None:
             grace = min(5.0, self.context.common.shutdown_seconds)
             await self._quietly(lambda: self._grpc.stop(grace) if self._grpc else asyncio.sleep(0))

@@ -35,6 +35,13 @@ class CommonSettings(BaseSettings):
     http_bind: str = "127.0.0.1:0"
     grpc_bind: str = "127.0.0.1:0"
     internal_bind: str = "127.0.0.1:0"
+    own_http_bind: str | None = Field(
+        default=None,
+        description="A further HTTP door that no other worker has a part in, for what stays with one process.",
+    )
+    share_ports: bool = Field(
+        default=False, description="Several workers listen on the same ports; the kernel spreads connections."
+    )
 
     identity_dir: Path | None = None
     mesh: bool = False
@@ -57,10 +64,11 @@ class CommonSettings(BaseSettings):
     media_address: str | None = None
     moderation_address: str | None = None
 
-    @field_validator("http_bind", "grpc_bind", "internal_bind")
+    @field_validator("http_bind", "grpc_bind", "internal_bind", "own_http_bind")
     @classmethod
-    def _is_host_and_port(cls, value: str) -> str:
-        split_bind(value)
+    def _is_host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            split_bind(value)
         return value
 
     @model_validator(mode="after")

@@ -130,7 +130,7 @@ async def build(context: Context) -> Service:
         bus.start()
         outdated.start()
         host, port = split_bind(settings.socket_bind)
-        ports["socket"] = await endpoint.listen(host, port)
+        ports["socket"] = await endpoint.listen(host, port, reuse_port=context.common.share_ports)
 
     async def drain() -> None:
         await endpoint.drain(min(5.0, context.common.shutdown_seconds / 2), 2.0)
