@@ -20,6 +20,7 @@ async def echo(request: web.Request) -> web.StreamResponse:
     seen = {
         "service": sys.argv[1],
         "pid": os.getpid(),
+        "port": request.transport.get_extra_info("sockname")[1] if request.transport else None,
         "method": request.method,
         "path": request.raw_path,
         "headers": {name.lower(): value for name, value in request.headers.items()},
@@ -57,6 +58,8 @@ async def listen(bind: str, method: str, handler: object) -> None:
 
 async def main() -> None:
     await listen(os.environ["WHISPR_HTTP_BIND"], "*", echo)
+    if "WHISPR_OWN_HTTP_BIND" in os.environ:
+        await listen(os.environ["WHISPR_OWN_HTTP_BIND"], "*", echo)
     await listen(os.environ["WHISPR_INTERNAL_BIND"], "*", ready)
     if "WHISPR_MESSAGING_SOCKET_BIND" in os.environ:
         await listen(os.environ["WHISPR_MESSAGING_SOCKET_BIND"], "GET", socket)

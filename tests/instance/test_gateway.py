@@ -35,12 +35,7 @@ class Town:
     """Stand-in services whose ports stay while their processes come and go."""
 
     def __init__(self) -> None:
-        names = [
-            (entry.name, door)
-            for entry in ENTRIES
-            for door in ("http", *entry.ports)
-            if entry.name in SERVICES
-        ]
+        names = [(entry.name, door) for entry in ENTRIES for door in entry.doors if entry.name in SERVICES]
         self.ports: dict[tuple[str, str], int] = {}
         for name in [*names, *((service, "internal") for service in SERVICES)]:
             self.ports[name] = free_port(self.ports.values())
@@ -53,6 +48,7 @@ class Town:
             "WHISPR_INTERNAL_BIND": f"127.0.0.1:{self.ports[service, 'internal']}",
         }
         if service == "messaging":
+            environment["WHISPR_OWN_HTTP_BIND"] = f"127.0.0.1:{self.ports[service, 'own_http']}"
             environment["WHISPR_MESSAGING_SOCKET_BIND"] = f"127.0.0.1:{self.ports[service, 'socket']}"
         self.processes[service] = spawn(standin_command(service), env=environment)
 
@@ -205,6 +201,11 @@ async def test_each_path_leads_to_its_service(
     assert str(ipaddress.ip_address(peer)) == peer
     if token:
         assert seen["headers"]["authorization"].startswith("Bearer "), "the service checks the token again"
+
+
+async def test_long_polling_leads_to_the_door_of_one_process(public: Public, town: Town) -> None:
+    answer = await public.ask("/socket/longpoll?vsn=2.0.0")
+    assert answer.body["port"] == town.ports["messaging", "own_http"]
 
 
 async def test_the_key_set_is_public(public: Public, signer: Signer) -> None:

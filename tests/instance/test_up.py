@@ -17,7 +17,8 @@ from whispr.instance.catalog import ENTRIES, Entry
 from whispr.instance.errors import AlreadyRunning, InstanceError, PortInUse, StartFailed
 from whispr.instance.ports import free_port
 from whispr.instance.postgres import EmbeddedPostgres
-from whispr.instance.up import Instance, url_of
+from whispr.instance.servers import url_of
+from whispr.instance.up import Instance
 from whispr.instance.valkey import EmbeddedValkey
 
 AUTH_AND_USER = tuple(entry for entry in ENTRIES if entry.name in {"auth", "user"})
@@ -70,7 +71,7 @@ async def test_two_instances_run_side_by_side(
             status, seen = await ask(f"{instance.url}/api/v1/users/me", signer.token())
             assert status == 200
             assert seen["environment"]["WHISPR_INSTANCE"] == str(instance.layout.root)
-        assert set(one.ports.values()).isdisjoint(other.ports.values())
+        assert set(one.site.ports.values()).isdisjoint(other.site.ports.values())
         assert one.description()["gateway"]["kind"] != other.description()["gateway"]["kind"] == "builtin"
 
 
@@ -125,11 +126,15 @@ async def test_external_servers_are_used_and_shared_by_one_instance_only(
 
 async def test_a_service_that_does_not_stay_up_is_told_with_its_last_words(open_folder: Path) -> None:
     instance = make(open_folder / "data", entries=AUTH_AND_USER[:1])
-    instance._command = lambda service: [sys.executable, "-c", "raise SystemExit('no oil in the lamp')"]
+    instance._services._command = lambda service: [
+        sys.executable,
+        "-c",
+        "raise SystemExit('no oil in the lamp')",
+    ]
     with pytest.raises(StartFailed, match=r"auth does not stay up(.|\n)*no oil in the lamp"):
         await instance.start()
     await instance.stop()
-    assert not listening(instance.ports["postgres"]), "what was started is stopped"
+    assert not listening(instance.site.ports["postgres"]), "what was started is stopped"
     instance.destroy()
 
 
@@ -152,7 +157,7 @@ async def test_one_data_folder_and_one_port_serve_one_instance(
 
 async def test_readyz_says_which_service_is_away(open_folder: Path, standin_environment: None) -> None:
     async with running(make(open_folder / "data")) as instance:
-        child = instance.children["user"]
+        child = instance.family.children["user"]
         await child.stop()
 
         async def is_told() -> bool:

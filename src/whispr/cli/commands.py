@@ -30,6 +30,7 @@ WHISPR_PORT, WHISPR_DATA          as --port and --data
 WHISPR_POSTGRES_URL               use this PostgreSQL (an administrator's URL)
 WHISPR_VALKEY_URL                 use this Valkey or Redis
 WHISPR_GATEWAY                    auto, envoy or builtin
+WHISPR_MESSAGING_WORKERS          as --messaging-workers
 WHISPR_RATE_LIMITS                on or off; off is for tests and benches
 WHISPR_ENVIRONMENT                development, test, staging or production
 Each service has its own too: WHISPR_AUTH_…, WHISPR_MESSAGING_…
@@ -85,6 +86,15 @@ def up(
         int | None, typer.Option(min=1, max=65535, help="The public port. Default: WHISPR_PORT or 8080.")
     ] = None,
     data: Data = None,
+    messaging_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="N",
+            help="Processes of messaging that share its ports. Default: WHISPR_MESSAGING_WORKERS or 1.",
+        ),
+    ] = None,
     log: Annotated[bool, typer.Option("--log", help="Print the logs of all processes here too.")] = False,
 ) -> None:
     """Start everything and stay until Ctrl-C.
@@ -102,7 +112,7 @@ def up(
     from whispr.instance.catalog import present
     from whispr.instance.up import Instance, supervise
 
-    settings = instance_settings(port=port, data=data)
+    settings = instance_settings(port=port, data=data, messaging_workers=messaging_workers)
     progress = TerminalProgress(Console())
     try:
         asyncio.run(supervise(Instance(settings, present(), progress), show_logs=log))

@@ -9,7 +9,7 @@ from whispr.cli.places import instance_settings, running
 from whispr.instance.catalog import present
 from whispr.instance.errors import InstanceError
 from whispr.instance.layout import Layout
-from whispr.instance.up import url_of
+from whispr.instance.servers import url_of
 
 
 def database_url(service: str, data: Path | None) -> str:

@@ -12,11 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
 from whispr.cli.places import instance_settings, repository
+from whispr.cli.status import examine as examine_parts
 from whispr.instance import gateway, valkey
 from whispr.instance.accounts import reachable, unprivileged_account
 from whispr.instance.catalog import present
@@ -75,7 +76,7 @@ def look(data: Path | None) -> Iterator[Finding]:
     yield _postgres(settings)
     yield _valkey(settings)
     yield _gateway(settings)
-    yield Finding("ok", "services", ", ".join(entry.name for entry in present()))
+    yield _services(settings)
     yield from _instance(settings)
     yield from _machine(settings)
     yield _tool("node", "runs the tests with the unmodified phoenix.js client; without it they are skipped")
@@ -200,12 +201,27 @@ def _gateway(settings: InstanceSettings) -> Finding:
     )
 
 
+def _services(settings: InstanceSettings) -> Finding:
+    counts = {entry.name: settings.workers(entry.name) for entry in present()}
+    names = [name if count == 1 else f"{name} ({count} workers)" for name, count in counts.items()]
+    processors = os.cpu_count() or 1
+    if max(counts.values(), default=1) <= processors:
+        return Finding("ok", "services", ", ".join(names))
+    return Finding(
+        "note",
+        "services",
+        ", ".join(names),
+        f"More workers than the {processors} processors of this machine only take memory.",
+    )
+
+
 def _instance(settings: InstanceSettings) -> Iterator[Finding]:
     record = Layout(settings.data).read_record()
     if record is not None:
         yield Finding(
             "ok", "instance", f"{settings.data} has one at {record.get('public')}; see `whispr status`"
         )
+        yield from _running(record)
         return
     yield Finding("ok", "instance", f"none runs from {settings.data}")
     if is_free(settings.port, settings.host):
@@ -214,6 +230,14 @@ def _instance(settings: InstanceSettings) -> Iterator[Finding]:
         yield Finding(
             "missing", "port", f"{settings.port} is taken by another program", "Choose one with --port."
         )
+
+
+def _running(record: dict[str, Any]) -> Iterator[Finding]:
+    """What is wrong with the processes of a running instance."""
+    for part in examine_parts(record):
+        if part["state"] != "ready":
+            text = f"{part['name']} is {part['state']}"
+            yield Finding("note", "part", text, "Look at its log; `whispr up` starts it again.")
 
 
 def _machine(settings: InstanceSettings) -> Iterator[Finding]:

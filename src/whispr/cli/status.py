@@ -52,8 +52,10 @@ def examine(record: dict[str, Any]) -> list[dict[str, Any]]:
         url, pid = record[name]["url"], record[name]["pid"]
         parts.append(_part(name, url.rpartition("@")[2], pid, _server_state(url, pid, answers)))
     for name, service in record["services"].items():
-        state = _readiness(f"{service['internal']}/readyz") if _alive(service["pid"]) else "stopped"
-        parts.append(_part(name, service["http"], service["pid"], state))
+        for number, worker in enumerate(service["workers"], start=1):
+            state = _readiness(f"{worker['internal']}/readyz") if _alive(worker["pid"]) else "stopped"
+            title = name if number == 1 else f"{name}-{number}"
+            parts.append(_part(title, service["http"], worker["pid"], state))
     gateway = record["gateway"]
     state = _readiness(f"{record['public']}/readyz") if _alive(gateway["pid"]) else "stopped"
     parts.append(_part(f"gateway ({gateway['kind']})", record["public"], gateway["pid"], state))

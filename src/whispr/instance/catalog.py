@@ -7,7 +7,7 @@ from typing import Literal
 
 import whispr
 
-Door = Literal["http", "socket"]
+Door = Literal["http", "socket", "own_http"]
 SERVICES_FOLDER = Path(whispr.__file__).parent / "services"
 
 MEBIBYTE = 1024 * 1024
@@ -17,6 +17,8 @@ MEBIBYTE = 1024 * 1024
 class Route:
     """Public paths that begin with `prefix` (at a segment's end), or are it when `exact`.
 
+    `door` is a port that all workers of the service share, or `own_http`, which is the first worker's alone: for what a
+    client must find again in the same process.
     `token` says whether the gateway wants a valid access token; sockets and sign-in carry none or another.
     `max_body` in bytes; None leaves it to the service. `timeout` in seconds for the whole answer; None is endless.
     """
@@ -39,6 +41,12 @@ class Entry:
     ports: tuple[str, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     variables: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def doors(self) -> tuple[str, ...]:
+        """Every port that public paths lead to."""
+        own = ("own_http",) if any(route.door == "own_http" for route in self.routes) else ()
+        return ("http", *self.ports, *own)
 
 
 def _open(prefix: str, service: str, *, exact: bool = True) -> Route:
@@ -75,7 +83,8 @@ ENTRIES = (
                 max_body=None,
                 timeout=None,
             ),
-            Route("/socket/longpoll", "messaging", exact=True, token=False, timeout=90.0),
+            # A session of long polling lives in one process.
+            Route("/socket/longpoll", "messaging", door="own_http", exact=True, token=False, timeout=90.0),
             Route("/api/v1/conversations", "messaging"),
             Route("/api/v1/messages", "messaging"),
             Route("/api/v1/scheduled-messages", "messaging"),

@@ -43,7 +43,10 @@ def is_of(root: Path, pid: int) -> bool:
 
 
 def _pids(record: dict[str, Any]) -> Iterator[int]:
-    parts = [*record.get("services", {}).values(), record.get("valkey", {}), record.get("gateway", {})]
+    parts = [record.get("valkey", {}), record.get("gateway", {})]
+    for service in record.get("services", {}).values():
+        # The first worker's pid is the service's too; killed once it is not ours any more.
+        parts += [service, *service.get("workers", [])]
     for part in parts:
         pid = part.get("pid") if isinstance(part, dict) else None
         if isinstance(pid, int):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections.abc import Mapping, Sequence
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
@@ -11,13 +12,17 @@ ASK_SECONDS = 3.0
 
 
 class Readiness:
-    """Asks `/readyz` on the internal port of each service in `ports`; serves the sum on a loopback port."""
+    """Asks `/readyz` on the internal port of each worker of each service; serves the sum on a loopback port.
 
-    def __init__(self, ports: dict[str, int]) -> None:
+    `ports` are the internal ports of a service's workers. A service some of whose workers are away is `degraded`: the
+    others serve on, and a load balancer that took the whole instance out for it would make an outage of a restart.
+    """
+
+    def __init__(self, ports: Mapping[str, Sequence[int]]) -> None:
         self._ports = ports
         self._session: ClientSession | None = None
         self._runner: web.AppRunner | None = None
-        self._answer: tuple[float, dict[str, bool]] = (float("-inf"), {})
+        self._answer: tuple[float, dict[str, str]] = (float("-inf"), {})
         self._asking = asyncio.Lock()
         self.draining = False
 
@@ -35,13 +40,13 @@ class Readiness:
         if self._session is not None:
             await self._session.close()
 
-    async def services(self) -> dict[str, bool]:
-        """Each service and whether it is ready; at most CACHE_SECONDS old, so that nobody can ask the services often."""
+    async def services(self) -> dict[str, str]:
+        """Each service: `ready`, `degraded` or `unavailable`; at most CACHE_SECONDS old, so that nobody can ask often."""
         async with self._asking:
             asked, answer = self._answer
             if time.monotonic() - asked > CACHE_SECONDS:
-                ready = await asyncio.gather(*(self.is_ready(name) for name in self._ports))
-                answer = dict(zip(self._ports, ready, strict=True))
+                states = await asyncio.gather(*(self._state(ports) for ports in self._ports.values()))
+                answer = dict(zip(self._ports, states, strict=True))
                 self._answer = (time.monotonic(), answer)
             return answer
 
@@ -49,14 +54,12 @@ class Readiness:
         """Ask anew: a process was replaced, and what its predecessor answered says nothing of it."""
         self._answer = (float("-inf"), {})
 
-    async def is_ready(self, service: str) -> bool:
-        return await self._get(f"http://127.0.0.1:{self._ports[service]}/readyz")
+    async def _state(self, ports: Sequence[int]) -> str:
+        ready = await asyncio.gather(*(self.reaches(f"http://127.0.0.1:{port}/readyz") for port in ports))
+        return "ready" if all(ready) else "degraded" if any(ready) else "unavailable"
 
     async def reaches(self, url: str) -> bool:
         """True when `url` answers 200."""
-        return await self._get(url)
-
-    async def _get(self, url: str) -> bool:
         if self._session is None:
             return False
         try:
@@ -67,14 +70,13 @@ class Readiness:
 
     async def _respond(self, _: web.Request) -> web.Response:
         services = await self.services()
-        ready = all(services.values()) and not self.draining
-        document = {
-            "status": "ready" if ready else "draining" if self.draining else "unavailable",
-            "services": {name: "ready" if state else "unavailable" for name, state in services.items()},
-        }
+        states = {"draining"} if self.draining else set(services.values())
+        status = next(
+            (state for state in ("draining", "unavailable", "degraded") if state in states), "ready"
+        )
         return web.Response(
-            status=200 if ready else 503,
-            body=json.dumps(document).encode(),
+            status=200 if status in ("ready", "degraded") else 503,
+            body=json.dumps({"status": status, "services": services}).encode(),
             content_type="application/json",
             headers={"cache-control": "no-store"},
         )

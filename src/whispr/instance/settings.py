@@ -31,6 +31,8 @@ class InstanceSettings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
 
+    messaging_workers: int = Field(default=1, ge=1, le=64)
+
     postgres_url: str | None = None
     valkey_url: str | None = None
     gateway: Literal["auto", "envoy", "builtin"] = "auto"
@@ -54,6 +56,10 @@ class InstanceSettings(BaseSettings):
         if self.environment == "production" and self.rate_limits == "off":
             raise ValueError("WHISPR_RATE_LIMITS=off is refused in production")
         return self
+
+    def workers(self, service: str) -> int:
+        """How many processes of `service` share its ports."""
+        return self.messaging_workers if service == "messaging" else 1
 
     @model_validator(mode="after")
     def _data_is_absolute(self) -> Self:

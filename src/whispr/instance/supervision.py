@@ -109,6 +109,52 @@ class Child:
             await ended(process)
 
 
+class Family:
+    """The supervised processes of an instance, by name. `changed` is called when one was started or started again,
+    `trouble` is told of each end that nobody asked for."""
+
+    def __init__(self, changed: Callable[[], None], trouble: Callable[[str], None]) -> None:
+        self.children: dict[str, Child] = {}
+        self._changed = changed
+        self._trouble = trouble
+
+    def supervise(
+        self,
+        name: str,
+        start: Callable[[], Process],
+        *,
+        stop_signal: int = signal.SIGTERM,
+        grace: float = 15.0,
+    ) -> Child:
+        """Starts a process and keeps it running."""
+        child = Child(
+            name,
+            start,
+            changed=self._changed,
+            trouble=self._trouble,
+            stop_signal=stop_signal,
+            grace=grace,
+        )
+        self.children[name] = child
+        child.start()
+        self._changed()
+        return child
+
+    async def stop(self, *names: str) -> None:
+        """Stops those of `names` that were started, all at once."""
+        await asyncio.gather(*(self.children[name].stop() for name in names if name in self.children))
+
+    def pid(self, name: str) -> int | None:
+        """The pid of a process; None when it was not started."""
+        child = self.children.get(name)
+        return child.pid if child is not None else None
+
+    def restarts(self, name: str) -> int:
+        """How often a process was started again."""
+        child = self.children.get(name)
+        return child.restarts if child is not None else 0
+
+
 def describe_exit(status: int) -> str:
     """An exit status in words: `exit status 1`, `killed by SIGKILL`."""
     if status >= 0:
