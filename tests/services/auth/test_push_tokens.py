@@ -226,16 +226,16 @@ async def test_data_keys_rotate_and_everything_is_brought_along(fresh_url: str, 
     clock = ManualClock()
     async with rules(fresh_url, valkey_url, clock, reencrypt_batch=2) as auth:
         people = await with_tokens(auth, 5)
-        (first,) = (await auth.push_tokens.tend()).keys()
+        (first,) = (await auth.housekeeping.tend_data_keys()).keys()
         clock.advance(89 * 86400)
-        assert await auth.push_tokens.tend() == {first: 5}
+        assert await auth.housekeeping.tend_data_keys() == {first: 5}
         clock.advance(86400)
-        after = await auth.push_tokens.tend()
+        after = await auth.housekeeping.tend_data_keys()
         (second,) = [key_id for key_id in after if key_id != first]
         assert after == {first: 0, second: 5}
         assert await in_clear(auth, people) == people
         clock.advance(3601)
-        assert await auth.push_tokens.tend() == {second: 5}
+        assert await auth.housekeeping.tend_data_keys() == {second: 5}
         assert await in_clear(auth, people) == people
 
 
@@ -249,10 +249,10 @@ async def test_an_old_key_stays_while_a_row_needs_it(fresh_url: str, valkey_url:
             await connection.execute(
                 "UPDATE push_tokens SET ciphertext = '\\x00' WHERE device_id = (SELECT min(device_id::text)::uuid FROM push_tokens)"
             )
-        (first,) = (await auth.push_tokens.tend()).keys()
-        await auth.push_tokens.rotate(force=True)
+        (first,) = (await auth.housekeeping.tend_data_keys()).keys()
+        await auth.data_keys.rotate(force=True)
         clock.advance(7200)
-        rows = await auth.push_tokens.tend()
+        rows = await auth.housekeeping.tend_data_keys()
         assert rows[first] == 1
         assert sum(rows.values()) == 2
         assert len(await in_clear(auth, people)) == 1
@@ -263,9 +263,9 @@ async def test_tokens_written_during_the_rotation_survive_it(fresh_url: str, val
     clock = ManualClock()
     async with rules(fresh_url, valkey_url, clock, reencrypt_batch=1) as auth:
         people = await with_tokens(auth, 4)
-        await auth.push_tokens.rotate(force=True)
-        _, more = await asyncio.gather(auth.push_tokens.tend(), with_tokens(auth, 4))
-        await auth.push_tokens.tend()
+        await auth.data_keys.rotate(force=True)
+        _, more = await asyncio.gather(auth.housekeeping.tend_data_keys(), with_tokens(auth, 4))
+        await auth.housekeeping.tend_data_keys()
         assert sorted(await in_clear(auth, people + more)) == sorted(people + more)
 
 
@@ -290,7 +290,7 @@ async def test_rows_per_key_are_a_metric(fresh_url: str, valkey_url: str) -> Non
     async with rules(fresh_url, valkey_url, ManualClock()) as auth:
         await with_tokens(auth, 3)
         await jobs.tend_keys(auth)
-        (key_id,) = await auth.push_tokens.tend()
+        (key_id,) = await auth.housekeeping.tend_data_keys()
     assert f'whispr_auth_push_tokens{{key="{key_id}"}} 3.0' in telemetry.metrics.exposition().decode()
 
 

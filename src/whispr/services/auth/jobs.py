@@ -42,7 +42,7 @@ def erasers(targets: dict[str, EraseTarget]) -> dict[str, Handler]:
 async def tend_keys(auth: Auth) -> None:
     """Rotate keys that are due, re-encrypt what lies under old ones, and say how far that is."""
     await auth.signing.tend()
-    rows = await auth.push_tokens.tend()
+    rows = await auth.housekeeping.tend_data_keys()
     tokens_per_key.clear()
     for key_id, count in rows.items():
         tokens_per_key.labels(key=key_id).set(count)

@@ -74,6 +74,8 @@ class NewDevice:
     signing_key: bytes
     signed_prekey: SignedKey
     one_time_prekeys: tuple[OneTimeKey, ...] = ()
+    pq_last_resort_prekey: SignedKey | None = None
+    pq_one_time_prekeys: tuple[SignedKey, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +273,15 @@ class RootKeys:
 
     primary: str
     keys: Mapping[str, bytes] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Encrypted:
+    """A secret at rest under a data key (AES-256-GCM)."""
+
+    data_key_id: str
+    nonce: bytes
+    ciphertext: bytes
 
 
 @dataclass(frozen=True, slots=True)

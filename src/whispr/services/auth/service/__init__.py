@@ -16,6 +16,7 @@ from whispr.services.auth.service.accounts import Accounts
 from whispr.services.auth.service.announcements import Announcer, Publisher
 from whispr.services.auth.service.audit import AuditTrail
 from whispr.services.auth.service.credentials import Credentials
+from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.devices import Devices
 from whispr.services.auth.service.entry import Entry
 from whispr.services.auth.service.housekeeping import Housekeeping
@@ -59,6 +60,7 @@ class Auth:
     devices: Devices
     prekeys: Prekeys
     push_tokens: PushTokens
+    data_keys: DataKeys
     signing: SigningKeys
     source: Source
     housekeeping: Housekeeping
@@ -90,7 +92,8 @@ def build_auth(
     signing = SigningKeys(db, clock, vault, audit, settings, issuer, audience)
     sessions = Sessions(db, clock, signing, announcer, audit, limits, settings)
     credentials = Credentials(db, passwords, audit, limits)
-    push_tokens = PushTokens(db, clock, vault, announcer, audit, settings)
+    data_keys = DataKeys(db, clock, vault, audit, settings)
+    push_tokens = PushTokens(db, clock, data_keys, announcer, audit, settings)
     return Auth(
         entry=Entry(db, clock, credentials, sessions, announcer, audit, limits, settings),
         accounts=Accounts(db, clock, credentials, sessions, announcer, audit, wake_outbox),
@@ -98,9 +101,10 @@ def build_auth(
         devices=Devices(db, clock, announcer, audit),
         prekeys=Prekeys(db, clock, announcer, limits, settings),
         push_tokens=push_tokens,
+        data_keys=data_keys,
         signing=signing,
         source=Source(db, signing),
-        housekeeping=Housekeeping(db, clock, vault, push_tokens, signing, settings),
+        housekeeping=Housekeeping(db, clock, vault, data_keys, push_tokens, signing, settings),
         limits=limits,
         announcer=announcer,
         audit=audit,

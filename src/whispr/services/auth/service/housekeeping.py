@@ -11,6 +11,7 @@ from whispr.kit.clock import Clock
 from whispr.kit.db import Database
 from whispr.kit.identity import MAX_TOKEN_LIFETIME
 from whispr.services.auth import store
+from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.push_tokens import PushTokens
 from whispr.services.auth.service.signing import SKEW, SigningKeys
 from whispr.services.auth.service.vault import Vault
@@ -45,6 +46,7 @@ class Housekeeping:
         db: Database,
         clock: Clock,
         vault: Vault,
+        data_keys: DataKeys,
         push_tokens: PushTokens,
         signing: SigningKeys,
         settings: AuthSettings,
@@ -52,6 +54,7 @@ class Housekeeping:
         self._db = db
         self._vault = vault
         self._clock = clock
+        self._data_keys = data_keys
         self._push_tokens = push_tokens
         self._signing = signing
         self._settings = settings
@@ -79,8 +82,16 @@ class Housekeeping:
             used = await store.keys.roots_in_use(connection)
         return [root_key_id for root_key_id in used if not self._vault.holds(root_key_id)]
 
+    async def tend_data_keys(self) -> dict[str, int]:
+        """Rotate when due, re-encrypt everything under old keys, drop keys without rows; push tokens per key left."""
+        await self._data_keys.rotate(force=False)
+        await self._data_keys.reseal()
+        await self._push_tokens.reencrypt()
+        await self._data_keys.drop_unused()
+        return await self._push_tokens.per_key()
+
     async def rotate_keys(self, operation_id: UUID, kind: KeyKind, *, force: bool) -> tuple[bool, str]:
-        """Rotate data keys of push tokens or signing keys; whether a key was made, and the newest's id.
+        """Rotate data keys or signing keys; whether a key was made, and the newest's id.
 
         Repeated with the same `operation_id` it answers the same and makes nothing.
         """
@@ -88,7 +99,7 @@ class Housekeeping:
             known = await store.housekeeping.answer_of(connection, operation_id, _ROTATE)
         if known is not None:
             return bool(known["rotated"]), str(known["key_id"])
-        rotate = self._push_tokens.rotate if kind == "token_keys" else self._signing.rotate
+        rotate = self._data_keys.rotate if kind == "token_keys" else self._signing.rotate
         rotated, key_id = await rotate(force=force)
         answer = {"rotated": rotated, "key_id": key_id}
         async with self._db.connection() as connection:

@@ -7,6 +7,7 @@ token, keys, audit, so that no two transactions wait for each other.
 from whispr.services.auth.store import (
     accounts,
     audit,
+    data_keys,
     devices,
     housekeeping,
     keys,
@@ -15,4 +16,14 @@ from whispr.services.auth.store import (
     sessions,
 )
 
-__all__ = ["accounts", "audit", "devices", "housekeeping", "keys", "prekeys", "push_tokens", "sessions"]
+__all__ = [
+    "accounts",
+    "audit",
+    "data_keys",
+    "devices",
+    "housekeeping",
+    "keys",
+    "prekeys",
+    "push_tokens",
+    "sessions",
+]

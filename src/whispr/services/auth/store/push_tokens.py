@@ -1,4 +1,4 @@
-"""Statements on push tokens, which are encrypted before they get here, and on the data keys that encrypt them."""
+"""Statements on push tokens, which are encrypted before they get here."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
-import asyncpg
-
 from whispr.kit.db import Connection
-from whispr.services.auth.models import NewPushToken, PushChannel, SealedKey, SealedPushToken, TokenPlace
+from whispr.services.auth.models import Encrypted, NewPushToken, PushChannel, SealedPushToken, TokenPlace
 
 _SELECT = """
     SELECT p.device_id, d.account_id, d.platform, p.channel, p.app_id, p.environment, p.data_key_id, p.nonce,
@@ -22,9 +20,7 @@ async def put(
     tx: Connection,
     device_id: UUID,
     token: NewPushToken,
-    data_key_id: str,
-    nonce: bytes,
-    ciphertext: bytes,
+    encrypted: Encrypted,
     digest: bytes,
     now: datetime,
 ) -> None:
@@ -56,9 +52,9 @@ async def put(
         token.channel,
         token.app_id,
         token.environment,
-        data_key_id,
-        nonce,
-        ciphertext,
+        encrypted.data_key_id,
+        encrypted.nonce,
+        encrypted.ciphertext,
         digest,
         now,
     )
@@ -140,9 +136,7 @@ async def lock_under_old_keys(
     return [SealedPushToken(*row) for row in rows]
 
 
-async def reseal(
-    tx: Connection, token: SealedPushToken, data_key_id: str, nonce: bytes, ciphertext: bytes
-) -> None:
+async def reseal(tx: Connection, token: SealedPushToken, encrypted: Encrypted) -> None:
     """The same token under another key; its time of change stays, because nothing changed for the push service."""
     await tx.execute(
         """
@@ -152,9 +146,9 @@ async def reseal(
         token.device_id,
         token.channel,
         token.app_id,
-        data_key_id,
-        nonce,
-        ciphertext,
+        encrypted.data_key_id,
+        encrypted.nonce,
+        encrypted.ciphertext,
     )
 
 
@@ -168,47 +162,6 @@ async def rows_per_key(connection: Connection) -> dict[str, int]:
         """
     )
     return {row["id"]: row["n"] for row in rows}
-
-
-async def insert_data_key(tx: Connection, key: SealedKey) -> None:
-    await tx.execute(
-        "INSERT INTO data_keys (id, root_key_id, sealed, created_at) VALUES ($1, $2, $3, $4)",
-        key.id,
-        key.root_key_id,
-        key.sealed,
-        key.created_at,
-    )
-
-
-def _key(row: asyncpg.Record) -> SealedKey:
-    return SealedKey(row["id"], row["root_key_id"], row["sealed"], row["created_at"])
-
-
-async def data_keys(connection: Connection) -> list[SealedKey]:
-    """Every data key, newest first: the first one encrypts."""
-    rows = await connection.fetch(
-        "SELECT id, root_key_id, sealed, created_at FROM data_keys ORDER BY created_at DESC, id DESC"
-    )
-    return [_key(row) for row in rows]
-
-
-async def drop_unused_data_keys(tx: Connection, current_id: str) -> list[str]:
-    """Remove keys that no token uses, but never the current one."""
-    rows = await tx.fetch(
-        """
-        DELETE FROM data_keys k
-        WHERE k.id <> $1 AND NOT EXISTS (SELECT FROM push_tokens p WHERE p.data_key_id = k.id)
-        RETURNING k.id
-        """,
-        current_id,
-    )
-    return [row["id"] for row in rows]
-
-
-async def reseal_data_key(tx: Connection, key_id: str, root_key_id: str, sealed: bytes) -> None:
-    await tx.execute(
-        "UPDATE data_keys SET root_key_id = $2, sealed = $3 WHERE id = $1", key_id, root_key_id, sealed
-    )
 
 
 async def lock_token(tx: Connection, digest: bytes) -> None:
