@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
 from nacl.signing import SigningKey
 from tests.stack import PASSWORD, DeviceKeys, Person, Stack, b64
 
@@ -28,7 +29,6 @@ from whispr.services.auth.service import Auth, build_auth
 from whispr.services.auth.settings import AuthSettings
 
 ORIGIN = Origin("192.0.2.1")
-PQ_BYTES = 1184
 
 
 class AuthHouse(Stack):
@@ -95,7 +95,7 @@ def code(answer: httpx.Response) -> tuple[int, str]:
 
 
 def pq_prekey(keys: DeviceKeys, key_id: int) -> dict[str, Any]:
-    public = uuid4().bytes * (PQ_BYTES // 16)
+    public = MLKEM768PrivateKey.generate().public_key().public_bytes_raw()
     return {
         "key_id": key_id,
         "public_key": b64(public),

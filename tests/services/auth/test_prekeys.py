@@ -298,3 +298,66 @@ async def test_spent_keys_are_remembered_as_digests_only(house: AuthHouse, rows:
     key = base64.b64decode((await claim(house, asker, target))[0]["one_time_prekey"]["public_key"])
     kept = await rows.fetch("SELECT * FROM spent_prekeys WHERE device_id = $1", target.device_id)
     assert [row["digest"] for row in kept] == [hashlib.sha256(key).digest()]
+
+
+# --- post-quantum keys ---
+
+
+def undecodable(keys: DeviceKeys, key_id: int = 1) -> dict[str, Any]:
+    """Properly signed and of the right size, but its coefficients are none of the field's."""
+    public = b"\xff" * 1184
+    return {
+        "key_id": key_id,
+        "public_key": b64(public),
+        "signature": b64(keys.signing_key.sign(public).signature),
+    }
+
+
+@pytest.mark.parametrize("field", ["pq_last_resort_prekey", "pq_one_time_prekeys"])
+async def test_a_pq_key_must_be_one(house: AuthHouse, field: str) -> None:
+    person, keys = await house.register(), DeviceKeys()
+
+    def of(owner: DeviceKeys) -> dict[str, Any]:
+        bad = undecodable(owner, 2)
+        return {field: [pq_prekey(owner, 1), bad] if field == "pq_one_time_prekeys" else bad}
+
+    assert code(await house.call("PUT", "/keys", person, of(person.keys))) == (422, "invalid_prekey")
+    device = keys.registration(**of(keys))
+    assert code(await house.log_in(person, device=device)) == (422, "invalid_prekey")
+    counts = (await house.call("GET", "/keys", person)).json()
+    assert (counts["pq_one_time_prekeys"], counts["pq_last_resort_prekey_id"]) == (0, None)
+
+
+async def test_a_new_device_brings_its_pq_keys(house: AuthHouse) -> None:
+    person, asker, keys = await house.register(), await house.register(), DeviceKeys()
+    device = keys.registration(
+        pq_last_resort_prekey=pq_prekey(keys, 1), pq_one_time_prekeys=[pq_prekey(keys, 2), pq_prekey(keys, 3)]
+    )
+    answer = await house.log_in(person, device=device)
+    second = Person(person.username, person.password, keys, answer.json())
+    ids = [(await claim(house, asker, person, second))[0]["pq_prekey"]["key_id"] for _ in range(3)]
+    assert ids == [2, 3, 1]
+    foreign = keys.registration(pq_last_resort_prekey=pq_prekey(DeviceKeys(), 1))
+    assert code(await house.log_in(person, device=foreign)) == (422, "bad_signature")
+    twice = keys.registration(pq_one_time_prekeys=[device["pq_one_time_prekeys"][0]] * 2)
+    assert code(await house.log_in(person, device=twice)) == (422, "invalid_request")
+
+
+async def test_devices_that_use_pq_keys_are_told_when_they_run_low(house: AuthHouse) -> None:
+    asker, without, stocked, exhausted = [await house.register() for _ in range(4)]
+    await upload(house, stocked, pq_one_time_prekeys=[pq_prekey(stocked.keys, n) for n in range(10)])
+    await upload(house, exhausted, pq_last_resort_prekey=pq_prekey(exhausted.keys, 1))
+    async with house.hints("user:notices") as notices:
+        for target in (without, stocked, exhausted):
+            await claim(house, asker, target)
+
+        def low() -> dict[str, int]:
+            kind = "pq_one_time_prekeys"
+            return {
+                item["user_id"]: item["payload"]["remaining"]
+                for item in notices
+                if item["event"] == LOW and item["payload"]["key_type"] == kind
+            }
+
+        await until(lambda: len(low()) == 2)
+        assert low() == {str(stocked.user_id): 9, str(exhausted.user_id): 0}

@@ -326,6 +326,13 @@ class BadSignature(Failure):
     code = "bad_signature"
 
 
+class InvalidPrekey(Failure):
+    """A post-quantum prekey is no ML-KEM-768 public key."""
+
+    kind = Kind.INVALID
+    code = "invalid_prekey"
+
+
 class InvalidRole(Failure):
     """There is no such role."""
 

@@ -130,6 +130,8 @@ class DeviceForm(Body):
     signing_key: Key32 = Field(description="Ed25519 public key.")
     signed_prekey: SignedPrekeyForm
     one_time_prekeys: OneTimePrekeys | None = None
+    pq_last_resort_prekey: PqPrekeyForm | None = None
+    pq_one_time_prekeys: PqOneTimePrekeys | None = None
 
     def device(self) -> NewDevice:
         return NewDevice(
@@ -140,6 +142,8 @@ class DeviceForm(Body):
             signing_key=self.signing_key,
             signed_prekey=self.signed_prekey.key(),
             one_time_prekeys=tuple(form.key() for form in self.one_time_prekeys or ()),
+            pq_last_resort_prekey=self.pq_last_resort_prekey.key() if self.pq_last_resort_prekey else None,
+            pq_one_time_prekeys=tuple(form.key() for form in self.pq_one_time_prekeys or ()),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PublicKey
 from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
@@ -20,6 +21,7 @@ from whispr.services.auth.models import (
     Bundle,
     Device,
     DeviceNotFound,
+    InvalidPrekey,
     KeyIdConflict,
     KeysMismatch,
     NewDevice,
@@ -52,12 +54,10 @@ class Prekeys:
         """Replace the calling device's lasting keys and add one-time keys; what the server holds then.
 
         Repeating an upload changes nothing, and never brings back a key that was handed out since. Raises
-        `BadSignature`, `KeyIdConflict`, `TooManyPrekeys`, `DeviceNotFound`, `RateLimited`.
+        `BadSignature`, `InvalidPrekey`, `KeyIdConflict`, `TooManyPrekeys`, `DeviceNotFound`, `RateLimited`.
         """
         await self._limits.upload(caller.device_id)
-        pq_keys = [
-            OneTimeKey(key.key_id, key.public_key, key.signature) for key in upload.pq_one_time_prekeys
-        ]
+        pq_keys = _one_time(upload.pq_one_time_prekeys)
         _check_distinct(upload.one_time_prekeys)
         _check_distinct(pq_keys)
         async with self._db.transaction() as tx:
@@ -70,6 +70,7 @@ class Prekeys:
                 upload.pq_last_resort_prekey,
                 *upload.pq_one_time_prekeys,
             )
+            _check_kem(upload.pq_last_resort_prekey, *upload.pq_one_time_prekeys)
             now = self._clock.now()
             if upload.signed_prekey is not None:
                 await store.prekeys.put_lasting(tx, device.id, "signed", upload.signed_prekey, now)
@@ -119,7 +120,10 @@ class Prekeys:
             pq = await store.prekeys.claim_one_time(tx, others, "pq", now)
             lasting = await store.prekeys.lasting(tx, [device.id for device in devices])
         await self._announce_low(others, "ec")
-        await self._announce_low(list(pq), "pq")
+        # A device without any post-quantum key does not use them and need not be asked for more.
+        await self._announce_low(
+            [item for item in others if item in pq or (item, "pq_last_resort") in lasting], "pq"
+        )
         bundles = []
         for device in devices:
             signed = lasting.get((device.id, "signed"))
@@ -176,17 +180,26 @@ _KEY_TYPES: dict[OneTimeKind, str] = {"ec": "one_time_prekeys", "pq": "pq_one_ti
 
 
 def check_device(device: NewDevice) -> None:
-    """Raises `BadSignature` unless the signed prekey is signed by the device's own signing key, `Invalid` on doubles."""
-    _check_signatures(device.signing_key, device.signed_prekey)
+    """Are the device's keys its own and what they say they are? Raises `BadSignature`, `InvalidPrekey`, `Invalid`."""
+    pq_keys = (device.pq_last_resort_prekey, *device.pq_one_time_prekeys)
+    _check_signatures(device.signing_key, device.signed_prekey, *pq_keys)
+    _check_kem(*pq_keys)
     _check_distinct(device.one_time_prekeys)
+    _check_distinct(_one_time(device.pq_one_time_prekeys))
 
 
 async def add_first_prekeys(tx: Connection, device_id: UUID, device: NewDevice, now: datetime) -> None:
     """Store what a new device brings: a device never exists without keys."""
     await store.prekeys.put_lasting(tx, device_id, "signed", device.signed_prekey, now)
-    if device.one_time_prekeys:
-        digests = [key_digest(key) for key in device.one_time_prekeys]
-        await store.prekeys.add_one_time(tx, device_id, "ec", device.one_time_prekeys, digests)
+    if device.pq_last_resort_prekey is not None:
+        await store.prekeys.put_lasting(tx, device_id, "pq_last_resort", device.pq_last_resort_prekey, now)
+    stocks: list[tuple[OneTimeKind, Sequence[OneTimeKey]]] = [
+        ("ec", device.one_time_prekeys),
+        ("pq", _one_time(device.pq_one_time_prekeys)),
+    ]
+    for kind, keys in stocks:
+        if keys:
+            await store.prekeys.add_one_time(tx, device_id, kind, keys, [key_digest(key) for key in keys])
 
 
 def keys_digest(identity_key: bytes, signed: SignedKey, last_resort: SignedKey | None) -> bytes:
@@ -212,6 +225,20 @@ def _check_signatures(signing_key: bytes, *keys: SignedKey | None) -> None:
                 verify_key.verify(key.public_key, key.signature)
     except (BadSignatureError, ValueError):
         raise BadSignature from None
+
+
+def _check_kem(*keys: SignedKey | None) -> None:
+    # A peer that meets a key it cannot encapsulate to could not write to the device at all.
+    try:
+        for key in keys:
+            if key is not None:
+                MLKEM768PublicKey.from_public_bytes(key.public_key)
+    except ValueError:
+        raise InvalidPrekey from None
+
+
+def _one_time(keys: Sequence[SignedKey]) -> list[OneTimeKey]:
+    return [OneTimeKey(key.key_id, key.public_key, key.signature) for key in keys]
 
 
 def _check_distinct(keys: Sequence[OneTimeKey]) -> None:
