@@ -1,0 +1,79 @@
+"""Questions that come at the same time, answered together.
+
+Statements and remote calls cost far more than what they carry. Nobody waits for a batch to fill: one is asked as soon
+as a lane is free, with whatever has come by then, so batches grow with the load and a lone question goes at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+from whispr.kit.errors import Unavailable
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class Batcher(Generic[Q, A]):
+    """`answer(questions)` gives the answers in the order of the questions, and is what `ask` raises when it fails.
+
+    At most `lanes` batches of at most `largest` questions are under way. A question is asked after it was put, never
+    answered from a batch that began before.
+    """
+
+    def __init__(
+        self, answer: Callable[[list[Q]], Awaitable[Sequence[A]]], *, largest: int = 100, lanes: int = 2
+    ) -> None:
+        self._answer = answer
+        self._largest = largest
+        self._lanes = lanes
+        self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
+        self._working: set[asyncio.Task[None]] = set()
+        self._is_starting = False
+
+    async def ask(self, question: Q) -> A:
+        """The answer to one question."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[A] = loop.create_future()
+        self._waiting.append((question, future))
+        # A task starts in the next round of the loop: what is asked in this one goes along.
+        if not self._is_starting and len(self._working) < self._lanes:
+            self._is_starting = True
+            task = loop.create_task(self._work())
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+        return await future
+
+    async def _work(self) -> None:
+        self._is_starting = False
+        while self._waiting:
+            batch: list[tuple[Q, asyncio.Future[A]]] = []
+            while self._waiting and len(batch) < self._largest:
+                question, future = self._waiting.popleft()
+                # Whoever has given up need not be asked for.
+                if not future.done():
+                    batch.append((question, future))
+            if batch:
+                await self._serve(batch)
+
+    async def _serve(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        try:
+            answers = await self._answer([question for question, _ in batch])
+        except asyncio.CancelledError:
+            self._fail(batch, Unavailable(retry_after=1))
+            raise
+        except Exception as error:  # noqa: BLE001 - it belongs to those who asked
+            self._fail(batch, error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
+
+    @staticmethod
+    def _fail(batch: list[tuple[Q, asyncio.Future[A]]], error: Exception) -> None:
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(error)

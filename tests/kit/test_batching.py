@@ -1,0 +1,78 @@
+"""Questions that come together are answered together, each with its own answer."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from whispr.kit.batching import Batcher
+from whispr.kit.errors import Unavailable
+
+
+class Oracle:
+    """Doubles numbers; answers wait for `gate`."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.batches: list[list[int]] = []
+
+    async def answer(self, questions: list[int]) -> list[int]:
+        self.batches.append(questions)
+        await self.gate.wait()
+        if -1 in questions:
+            raise Unavailable("asked for")
+        return [2 * question for question in questions]
+
+
+async def _settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_what_is_asked_at_once_goes_in_one_batch() -> None:
+    oracle = Oracle()
+    oracle.gate.set()
+    batcher = Batcher(oracle.answer)
+    assert await asyncio.gather(*(batcher.ask(number) for number in range(5))) == [0, 2, 4, 6, 8]
+    assert oracle.batches == [[0, 1, 2, 3, 4]]
+
+
+async def test_batches_grow_while_the_lanes_are_busy_and_stay_within_their_size() -> None:
+    oracle = Oracle()
+    batcher = Batcher(oracle.answer, largest=3, lanes=2)
+    asking: list[asyncio.Task[int]] = []
+    for number in (1, 2):
+        asking.append(asyncio.create_task(batcher.ask(number)))
+        await _settled()
+    asking += [asyncio.create_task(batcher.ask(number)) for number in range(3, 8)]
+    await _settled()
+    assert oracle.batches == [[1], [2]], "both lanes are taken"
+    oracle.gate.set()
+    assert await asyncio.gather(*asking) == [2 * number for number in range(1, 8)]
+    assert [len(batch) for batch in oracle.batches[2:]] == [3, 2]
+
+
+async def test_a_failure_reaches_everybody_in_its_batch_and_nobody_else() -> None:
+    oracle = Oracle()
+    oracle.gate.set()
+    batcher = Batcher(oracle.answer)
+    answers = await asyncio.gather(batcher.ask(1), batcher.ask(-1), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Unavailable, Unavailable]
+    assert await batcher.ask(4) == 8
+
+
+async def test_whoever_gives_up_is_not_asked_for_and_harms_nobody() -> None:
+    oracle = Oracle()
+    batcher = Batcher(oracle.answer, lanes=1)
+    first = asyncio.create_task(batcher.ask(1))
+    await _settled()
+    second, third = asyncio.create_task(batcher.ask(2)), asyncio.create_task(batcher.ask(3))
+    await _settled()
+    first.cancel()
+    second.cancel()
+    oracle.gate.set()
+    assert await third == 6
+    assert oracle.batches == [[1], [3]]
+    with pytest.raises(asyncio.CancelledError):
+        await first
