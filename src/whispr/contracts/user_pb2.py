@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bwhispr/contracts/user.proto\x12\x04user\x1a\x1fgoogle/protobuf/timestamp.proto\"&\n\x12GetProfilesRequest\x12\x10\n\x08user_ids\x18\x01 \x03(\t\"\x95\x01\n\x07Profile\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x17\n\x0f\x61vatar_media_id\x18\x04 \x01(\t\x12\x0e\n\x06locale\x18\x05 \x01(\t\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x12\x15\n\rread_receipts\x18\x07 \x01(\x08\"6\n\x13GetProfilesResponse\x12\x1f\n\x08profiles\x18\x01 \x03(\x0b\x32\r.user.Profile\"W\n\x1a\x43heckContactabilityRequest\x12\x11\n\tsender_id\x18\x01 \x01(\t\x12\x15\n\rrecipient_ids\x18\x02 \x03(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\"R\n\x0e\x43ontactability\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65xists\x18\x02 \x01(\x08\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"D\n\x1b\x43heckContactabilityResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.user.Contactability\"F\n\x1cGetPresenceVisibilityRequest\x12\x11\n\tviewer_id\x18\x01 \x01(\t\x12\x13\n\x0bsubject_ids\x18\x02 \x03(\t\"H\n\x12PresenceVisibility\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06online\x18\x02 \x01(\x08\x12\x11\n\tlast_seen\x18\x03 \x01(\x08\"K\n\x1dGetPresenceVisibilityResponse\x12*\n\x08subjects\x18\x01 \x03(\x0b\x32\x18.user.PresenceVisibility\"\'\n\x14GetUserQuotasRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"H\n\x05Quota\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x10\n\x08reserved\x18\x04 \x01(\x03\"4\n\x15GetUserQuotasResponse\x12\x1b\n\x06quotas\x18\x01 \x03(\x0b\x32\x0b.user.Quota\"y\n\x19UpdateStorageUsageRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x16\n\x0ereservation_id\x18\x05 \x01(\t\"K\n\x1aUpdateStorageUsageResponse\x12\r\n\x05limit\x18\x01 \x01(\x03\x12\x0c\n\x04used\x18\x02 \x01(\x03\x12\x10\n\x08reserved\x18\x03 \x01(\x03\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"\x13\n\x11\x45raseUserResponse\"\x8a\x01\n\x1dGenerateActivityReportRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12(\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"0\n\x1eGenerateActivityReportResponse\x12\x0e\n\x06report\x18\x01 \x01(\t\"\x87\x01\n\x1b\x43leanupInactiveUsersRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x32\n\x0einactive_since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\r\n\x05limit\x18\x04 \x01(\x05\"0\n\x1c\x43leanupInactiveUsersResponse\x12\x10\n\x08\x61\x66\x66\x65\x63ted\x18\x01 \x01(\x03\x32\xb4\x05\n\x0bUserService\x12\x42\n\x0bGetProfiles\x12\x18.user.GetProfilesRequest\x1a\x19.user.GetProfilesResponse\x12Z\n\x13\x43heckContactability\x12 .user.CheckContactabilityRequest\x1a!.user.CheckContactabilityResponse\x12`\n\x15GetPresenceVisibility\x12\".user.GetPresenceVisibilityRequest\x1a#.user.GetPresenceVisibilityResponse\x12H\n\rGetUserQuotas\x12\x1a.user.GetUserQuotasRequest\x1a\x1b.user.GetUserQuotasResponse\x12W\n\x12UpdateStorageUsage\x12\x1f.user.UpdateStorageUsageRequest\x1a .user.UpdateStorageUsageResponse\x12<\n\tEraseUser\x12\x16.user.EraseUserRequest\x1a\x17.user.EraseUserResponse\x12\x63\n\x16GenerateActivityReport\x12#.user.GenerateActivityReportRequest\x1a$.user.GenerateActivityReportResponse\x12]\n\x14\x43leanupInactiveUsers\x12!.user.CleanupInactiveUsersRequest\x1a\".user.CleanupInactiveUsersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bwhispr/contracts/user.proto\x12\x04user\x1a\x1fgoogle/protobuf/timestamp.proto\"&\n\x12GetProfilesRequest\x12\x10\n\x08user_ids\x18\x01 \x03(\t\"\x95\x01\n\x07Profile\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x03 \x01(\t\x12\x17\n\x0f\x61vatar_media_id\x18\x04 \x01(\t\x12\x0e\n\x06locale\x18\x05 \x01(\t\x12\x11\n\ttime_zone\x18\x06 \x01(\t\x12\x15\n\rread_receipts\x18\x07 \x01(\x08\"6\n\x13GetProfilesResponse\x12\x1f\n\x08profiles\x18\x01 \x03(\x0b\x32\r.user.Profile\"W\n\x1a\x43heckContactabilityRequest\x12\x11\n\tsender_id\x18\x01 \x01(\t\x12\x15\n\rrecipient_ids\x18\x02 \x03(\t\x12\x0f\n\x07purpose\x18\x03 \x01(\t\"R\n\x0e\x43ontactability\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65xists\x18\x02 \x01(\x08\x12\x0f\n\x07\x61llowed\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\"D\n\x1b\x43heckContactabilityResponse\x12%\n\x07results\x18\x01 \x03(\x0b\x32\x14.user.Contactability\":\n\x10PresenceQuestion\x12\x11\n\tviewer_id\x18\x01 \x01(\t\x12\x13\n\x0bsubject_ids\x18\x02 \x03(\t\"I\n\x1cGetPresenceVisibilityRequest\x12)\n\tquestions\x18\x01 \x03(\x0b\x32\x16.user.PresenceQuestion\"H\n\x12PresenceVisibility\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x0e\n\x06online\x18\x02 \x01(\x08\x12\x11\n\tlast_seen\x18\x03 \x01(\x08\"<\n\x0ePresenceAnswer\x12*\n\x08subjects\x18\x01 \x03(\x0b\x32\x18.user.PresenceVisibility\"F\n\x1dGetPresenceVisibilityResponse\x12%\n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x14.user.PresenceAnswer\"\'\n\x14GetUserQuotasRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"H\n\x05Quota\x12\x10\n\x08resource\x18\x01 \x01(\t\x12\r\n\x05limit\x18\x02 \x01(\x03\x12\x0c\n\x04used\x18\x03 \x01(\x03\x12\x10\n\x08reserved\x18\x04 \x01(\x03\"4\n\x15GetUserQuotasResponse\x12\x1b\n\x06quotas\x18\x01 \x03(\x0b\x32\x0b.user.Quota\"y\n\x19UpdateStorageUsageRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\r\n\x05\x62ytes\x18\x04 \x01(\x03\x12\x16\n\x0ereservation_id\x18\x05 \x01(\t\"K\n\x1aUpdateStorageUsageResponse\x12\r\n\x05limit\x18\x01 \x01(\x03\x12\x0c\n\x04used\x18\x02 \x01(\x03\x12\x10\n\x08reserved\x18\x03 \x01(\x03\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"\x13\n\x11\x45raseUserResponse\"\x8a\x01\n\x1dGenerateActivityReportRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12(\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"0\n\x1eGenerateActivityReportResponse\x12\x0e\n\x06report\x18\x01 \x01(\t\"\x87\x01\n\x1b\x43leanupInactiveUsersRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x32\n\x0einactive_since\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07\x64ry_run\x18\x03 \x01(\x08\x12\r\n\x05limit\x18\x04 \x01(\x05\"0\n\x1c\x43leanupInactiveUsersResponse\x12\x10\n\x08\x61\x66\x66\x65\x63ted\x18\x01 \x01(\x03\x32\xb4\x05\n\x0bUserService\x12\x42\n\x0bGetProfiles\x12\x18.user.GetProfilesRequest\x1a\x19.user.GetProfilesResponse\x12Z\n\x13\x43heckContactability\x12 .user.CheckContactabilityRequest\x1a!.user.CheckContactabilityResponse\x12`\n\x15GetPresenceVisibility\x12\".user.GetPresenceVisibilityRequest\x1a#.user.GetPresenceVisibilityResponse\x12H\n\rGetUserQuotas\x12\x1a.user.GetUserQuotasRequest\x1a\x1b.user.GetUserQuotasResponse\x12W\n\x12UpdateStorageUsage\x12\x1f.user.UpdateStorageUsageRequest\x1a .user.UpdateStorageUsageResponse\x12<\n\tEraseUser\x12\x16.user.EraseUserRequest\x1a\x17.user.EraseUserResponse\x12\x63\n\x16GenerateActivityReport\x12#.user.GenerateActivityReportRequest\x1a$.user.GenerateActivityReportResponse\x12]\n\x14\x43leanupInactiveUsers\x12!.user.CleanupInactiveUsersRequest\x1a\".user.CleanupInactiveUsersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,34 +44,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTACTABILITY']._serialized_end=489
   _globals['_CHECKCONTACTABILITYRESPONSE']._serialized_start=491
   _globals['_CHECKCONTACTABILITYRESPONSE']._serialized_end=559
-  _globals['_GETPRESENCEVISIBILITYREQUEST']._serialized_start=561
-  _globals['_GETPRESENCEVISIBILITYREQUEST']._serialized_end=631
-  _globals['_PRESENCEVISIBILITY']._serialized_start=633
-  _globals['_PRESENCEVISIBILITY']._serialized_end=705
-  _globals['_GETPRESENCEVISIBILITYRESPONSE']._serialized_start=707
-  _globals['_GETPRESENCEVISIBILITYRESPONSE']._serialized_end=782
-  _globals['_GETUSERQUOTASREQUEST']._serialized_start=784
-  _globals['_GETUSERQUOTASREQUEST']._serialized_end=823
-  _globals['_QUOTA']._serialized_start=825
-  _globals['_QUOTA']._serialized_end=897
-  _globals['_GETUSERQUOTASRESPONSE']._serialized_start=899
-  _globals['_GETUSERQUOTASRESPONSE']._serialized_end=951
-  _globals['_UPDATESTORAGEUSAGEREQUEST']._serialized_start=953
-  _globals['_UPDATESTORAGEUSAGEREQUEST']._serialized_end=1074
-  _globals['_UPDATESTORAGEUSAGERESPONSE']._serialized_start=1076
-  _globals['_UPDATESTORAGEUSAGERESPONSE']._serialized_end=1151
-  _globals['_ERASEUSERREQUEST']._serialized_start=1153
-  _globals['_ERASEUSERREQUEST']._serialized_end=1210
-  _globals['_ERASEUSERRESPONSE']._serialized_start=1212
-  _globals['_ERASEUSERRESPONSE']._serialized_end=1231
-  _globals['_GENERATEACTIVITYREPORTREQUEST']._serialized_start=1234
-  _globals['_GENERATEACTIVITYREPORTREQUEST']._serialized_end=1372
-  _globals['_GENERATEACTIVITYREPORTRESPONSE']._serialized_start=1374
-  _globals['_GENERATEACTIVITYREPORTRESPONSE']._serialized_end=1422
-  _globals['_CLEANUPINACTIVEUSERSREQUEST']._serialized_start=1425
-  _globals['_CLEANUPINACTIVEUSERSREQUEST']._serialized_end=1560
-  _globals['_CLEANUPINACTIVEUSERSRESPONSE']._serialized_start=1562
-  _globals['_CLEANUPINACTIVEUSERSRESPONSE']._serialized_end=1610
-  _globals['_USERSERVICE']._serialized_start=1613
-  _globals['_USERSERVICE']._serialized_end=2305
+  _globals['_PRESENCEQUESTION']._serialized_start=561
+  _globals['_PRESENCEQUESTION']._serialized_end=619
+  _globals['_GETPRESENCEVISIBILITYREQUEST']._serialized_start=621
+  _globals['_GETPRESENCEVISIBILITYREQUEST']._serialized_end=694
+  _globals['_PRESENCEVISIBILITY']._serialized_start=696
+  _globals['_PRESENCEVISIBILITY']._serialized_end=768
+  _globals['_PRESENCEANSWER']._serialized_start=770
+  _globals['_PRESENCEANSWER']._serialized_end=830
+  _globals['_GETPRESENCEVISIBILITYRESPONSE']._serialized_start=832
+  _globals['_GETPRESENCEVISIBILITYRESPONSE']._serialized_end=902
+  _globals['_GETUSERQUOTASREQUEST']._serialized_start=904
+  _globals['_GETUSERQUOTASREQUEST']._serialized_end=943
+  _globals['_QUOTA']._serialized_start=945
+  _globals['_QUOTA']._serialized_end=1017
+  _globals['_GETUSERQUOTASRESPONSE']._serialized_start=1019
+  _globals['_GETUSERQUOTASRESPONSE']._serialized_end=1071
+  _globals['_UPDATESTORAGEUSAGEREQUEST']._serialized_start=1073
+  _globals['_UPDATESTORAGEUSAGEREQUEST']._serialized_end=1194
+  _globals['_UPDATESTORAGEUSAGERESPONSE']._serialized_start=1196
+  _globals['_UPDATESTORAGEUSAGERESPONSE']._serialized_end=1271
+  _globals['_ERASEUSERREQUEST']._serialized_start=1273
+  _globals['_ERASEUSERREQUEST']._serialized_end=1330
+  _globals['_ERASEUSERRESPONSE']._serialized_start=1332
+  _globals['_ERASEUSERRESPONSE']._serialized_end=1351
+  _globals['_GENERATEACTIVITYREPORTREQUEST']._serialized_start=1354
+  _globals['_GENERATEACTIVITYREPORTREQUEST']._serialized_end=1492
+  _globals['_GENERATEACTIVITYREPORTRESPONSE']._serialized_start=1494
+  _globals['_GENERATEACTIVITYREPORTRESPONSE']._serialized_end=1542
+  _globals['_CLEANUPINACTIVEUSERSREQUEST']._serialized_start=1545
+  _globals['_CLEANUPINACTIVEUSERSREQUEST']._serialized_end=1680
+  _globals['_CLEANUPINACTIVEUSERSRESPONSE']._serialized_start=1682
+  _globals['_CLEANUPINACTIVEUSERSRESPONSE']._serialized_end=1730
+  _globals['_USERSERVICE']._serialized_start=1733
+  _globals['_USERSERVICE']._serialized_end=2425
 # @@protoc_insertion_point(module_scope)

@@ -67,13 +67,19 @@ class CheckContactabilityResponse(_message.Message):
     results: _containers.RepeatedCompositeFieldContainer[Contactability]
     def __init__(self, results: _Optional[_Iterable[_Union[Contactability, _Mapping]]] = ...) -> None: ...
 
-class GetPresenceVisibilityRequest(_message.Message):
+class PresenceQuestion(_message.Message):
     __slots__ = ("viewer_id", "subject_ids")
     VIEWER_ID_FIELD_NUMBER: _ClassVar[int]
     SUBJECT_IDS_FIELD_NUMBER: _ClassVar[int]
     viewer_id: str
     subject_ids: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, viewer_id: _Optional[str] = ..., subject_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GetPresenceVisibilityRequest(_message.Message):
+    __slots__ = ("questions",)
+    QUESTIONS_FIELD_NUMBER: _ClassVar[int]
+    questions: _containers.RepeatedCompositeFieldContainer[PresenceQuestion]
+    def __init__(self, questions: _Optional[_Iterable[_Union[PresenceQuestion, _Mapping]]] = ...) -> None: ...
 
 class PresenceVisibility(_message.Message):
     __slots__ = ("user_id", "online", "last_seen")
@@ -85,11 +91,17 @@ class PresenceVisibility(_message.Message):
     last_seen: bool
     def __init__(self, user_id: _Optional[str] = ..., online: _Optional[bool] = ..., last_seen: _Optional[bool] = ...) -> None: ...
 
-class GetPresenceVisibilityResponse(_message.Message):
+class PresenceAnswer(_message.Message):
     __slots__ = ("subjects",)
     SUBJECTS_FIELD_NUMBER: _ClassVar[int]
     subjects: _containers.RepeatedCompositeFieldContainer[PresenceVisibility]
     def __init__(self, subjects: _Optional[_Iterable[_Union[PresenceVisibility, _Mapping]]] = ...) -> None: ...
+
+class GetPresenceVisibilityResponse(_message.Message):
+    __slots__ = ("answers",)
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    answers: _containers.RepeatedCompositeFieldContainer[PresenceAnswer]
+    def __init__(self, answers: _Optional[_Iterable[_Union[PresenceAnswer, _Mapping]]] = ...) -> None: ...
 
 class GetUserQuotasRequest(_message.Message):
     __slots__ = ("user_id",)

@@ -93,7 +93,7 @@ class UserServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetPresenceVisibility(self, request, context):
-        """Whose presence and last-seen time may `viewer_id` see?
+        """Whose presence and last-seen time may each viewer see?
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

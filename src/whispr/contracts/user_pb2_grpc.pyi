@@ -35,7 +35,7 @@ class UserServiceStub:
     CheckContactability: _grpc.UnaryUnaryMultiCallable[_user_pb2.CheckContactabilityRequest, _user_pb2.CheckContactabilityResponse]
     """May `sender_id` write to, or add to groups, each recipient?"""
     GetPresenceVisibility: _grpc.UnaryUnaryMultiCallable[_user_pb2.GetPresenceVisibilityRequest, _user_pb2.GetPresenceVisibilityResponse]
-    """Whose presence and last-seen time may `viewer_id` see?"""
+    """Whose presence and last-seen time may each viewer see?"""
     GetUserQuotas: _grpc.UnaryUnaryMultiCallable[_user_pb2.GetUserQuotasRequest, _user_pb2.GetUserQuotasResponse]
     UpdateStorageUsage: _grpc.UnaryUnaryMultiCallable[_user_pb2.UpdateStorageUsageRequest, _user_pb2.UpdateStorageUsageResponse]
     """Reserve, commit or release storage; idempotent by operation_id, never negative, never over the limit."""
@@ -50,7 +50,7 @@ class UserServiceAsyncStub(UserServiceStub):
     CheckContactability: _aio.UnaryUnaryMultiCallable[_user_pb2.CheckContactabilityRequest, _user_pb2.CheckContactabilityResponse]  # type: ignore[assignment]
     """May `sender_id` write to, or add to groups, each recipient?"""
     GetPresenceVisibility: _aio.UnaryUnaryMultiCallable[_user_pb2.GetPresenceVisibilityRequest, _user_pb2.GetPresenceVisibilityResponse]  # type: ignore[assignment]
-    """Whose presence and last-seen time may `viewer_id` see?"""
+    """Whose presence and last-seen time may each viewer see?"""
     GetUserQuotas: _aio.UnaryUnaryMultiCallable[_user_pb2.GetUserQuotasRequest, _user_pb2.GetUserQuotasResponse]  # type: ignore[assignment]
     UpdateStorageUsage: _aio.UnaryUnaryMultiCallable[_user_pb2.UpdateStorageUsageRequest, _user_pb2.UpdateStorageUsageResponse]  # type: ignore[assignment]
     """Reserve, commit or release storage; idempotent by operation_id, never negative, never over the limit."""
@@ -80,7 +80,7 @@ class UserServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _user_pb2.GetPresenceVisibilityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_user_pb2.GetPresenceVisibilityResponse, _abc.Awaitable[_user_pb2.GetPresenceVisibilityResponse]]:
-        """Whose presence and last-seen time may `viewer_id` see?"""
+        """Whose presence and last-seen time may each viewer see?"""
 
     @_abc_1.abstractmethod
     def GetUserQuotas(

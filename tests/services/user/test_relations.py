@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from itertools import product
 from uuid import UUID, uuid4
 
@@ -16,9 +17,15 @@ from whispr.services.user.models import (
     ContactLimitReached,
     OwnAccount,
     Position,
+    PresenceQuestion,
     PresenceVisibility,
     UserNotFound,
 )
+
+
+async def seen(world: World, viewer: UUID, subjects: Sequence[UUID]) -> list[PresenceVisibility]:
+    [answer] = await world.service.relations.presence_visibility([PresenceQuestion(viewer, tuple(subjects))])
+    return answer
 
 
 async def contact_ids(world: World, owner: UUID) -> list[UUID]:
@@ -198,11 +205,11 @@ async def test_presence_in_every_case(world: World, audience: str, knows: bool) 
         await world.service.relations.add_contact(subject, viewer)
     admitted = audience == "everyone" or (audience == "contacts" and knows)
     await world.service.profiles.update(subject, {"privacy": {"online": audience, "last_seen": "nobody"}})
-    assert await world.service.relations.presence_visibility(viewer, [subject]) == [
+    assert await seen(world, viewer, [subject]) == [
         PresenceVisibility(subject, online=admitted, last_seen=False)
     ]
     await world.service.profiles.update(subject, {"privacy": {"online": "nobody", "last_seen": audience}})
-    assert await world.service.relations.presence_visibility(viewer, [subject]) == [
+    assert await seen(world, viewer, [subject]) == [
         PresenceVisibility(subject, online=False, last_seen=admitted)
     ]
 
@@ -215,7 +222,7 @@ async def test_a_block_hides_presence_both_ways(world: World) -> None:
         )
     await world.service.relations.block(one, other)
     for viewer, subject in ((one, other), (other, one)):
-        assert await world.service.relations.presence_visibility(viewer, [subject]) == [
+        assert await seen(world, viewer, [subject]) == [
             PresenceVisibility(subject, online=False, last_seen=False)
         ]
 
@@ -224,11 +231,46 @@ async def test_presence_of_ones_contacts_and_of_oneself(world: World) -> None:
     viewer, contact, added_by = [await world.person() for _ in range(3)]
     await world.service.relations.add_contact(viewer, contact)
     await world.service.relations.add_contact(added_by, viewer)
-    visible = await world.service.relations.presence_visibility(viewer, [])
+    visible = await seen(world, viewer, [])
     assert [item.user_id for item in visible] == [contact]
-    assert await world.service.relations.presence_visibility(viewer, [viewer]) == [
-        PresenceVisibility(viewer, True, True)
-    ]
+    assert await seen(world, viewer, [viewer]) == [PresenceVisibility(viewer, True, True)]
+
+
+async def test_questions_of_several_viewers_are_answered_in_their_order(world: World) -> None:
+    one, other, shy = [await world.person() for _ in range(3)]
+    await world.service.relations.add_contact(one, shy)
+    await world.service.relations.add_contact(shy, one)
+    await world.service.profiles.update(shy, {"privacy": {"online": "contacts", "last_seen": "contacts"}})
+    answers = await world.service.relations.presence_visibility(
+        [
+            PresenceQuestion(other, (shy, uuid4(), one)),
+            PresenceQuestion(one, ()),
+            PresenceQuestion(other, ()),
+            PresenceQuestion(one, (shy,)),
+        ]
+    )
+    assert [[item.user_id for item in answer] for answer in answers] == [[shy, one], [shy], [], [shy]]
+    assert answers[0][0] == PresenceVisibility(shy, False, False)
+    assert answers[1] == answers[3] == [PresenceVisibility(shy, True, True)]
+
+
+async def test_too_many_questions_at_once_are_refused(world: World) -> None:
+    viewer = await world.person()
+    with pytest.raises(BatchTooLarge):
+        await world.service.relations.presence_visibility([PresenceQuestion(viewer, ())] * 1001)
+    with pytest.raises(BatchTooLarge):
+        await seen(world, viewer, [uuid4() for _ in range(1001)])
+
+
+async def test_whoever_looks_at_presence_is_noted_as_active(world: World) -> None:
+    viewers = [await world.person() for _ in range(2)]
+    world.clock.advance(2 * 3600)
+    await world.service.relations.presence_visibility([PresenceQuestion(viewer, ()) for viewer in viewers])
+    async with world.database.connection() as conn:
+        rows = await conn.fetch(
+            "SELECT last_active_at FROM profiles WHERE user_id = ANY($1::uuid[])", viewers
+        )
+    assert [row["last_active_at"] for row in rows] == [world.clock.now()] * 2
 
 
 async def test_erasure_removes_a_person_from_every_list(world: World) -> None:

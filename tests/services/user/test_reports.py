@@ -13,7 +13,7 @@ from tests.services.user.conftest import World
 
 from whispr.kit import migrate
 from whispr.kit.db import Database
-from whispr.services.user.models import InvalidPeriod, OperationConflict, Privacy
+from whispr.services.user.models import InvalidPeriod, OperationConflict, PresenceQuestion, Privacy
 from whispr.services.user.service.reports import folded
 
 
@@ -87,7 +87,7 @@ async def test_cleanup_rests_the_absent_and_keeps_them_safe(alone: World) -> Non
     await alone.service.relations.block(absent, blocked)
     alone.clock.advance(400 * 86_400)
     await alone.service.profiles.own(present)
-    await alone.service.relations.presence_visibility(blocked, [])
+    await alone.service.relations.presence_visibility([PresenceQuestion(blocked, ())])
     since = alone.clock.now() - timedelta(days=365)
 
     async def cleanup(**options: object) -> int:

@@ -138,11 +138,12 @@ async def test_contactability_and_presence(stack: Stack, neighbours: Neighbours)
         shy.user_id
     ].reason == "ok"
     await put(stack, ada, "contacts", shy)
-    assert await client.presence_visibility(ada.user_id) == [PresenceVisibility(shy.user_id, False, False)]
+    ask = client.presence_visibility
+    assert await ask([(ada.user_id, ())]) == [[PresenceVisibility(shy.user_id, False, False)]]
     await put(stack, shy, "contacts", ada)
-    assert await client.presence_visibility(ada.user_id) == [PresenceVisibility(shy.user_id, True, True)]
-    assert await client.presence_visibility(eve.user_id, [bob.user_id]) == [
-        PresenceVisibility(bob.user_id, False, False)
+    assert await ask([(ada.user_id, ()), (eve.user_id, [bob.user_id])]) == [
+        [PresenceVisibility(shy.user_id, True, True)],
+        [PresenceVisibility(bob.user_id, False, False)],
     ]
 
 
@@ -154,6 +155,9 @@ async def test_more_ids_than_a_batch_holds_are_split(stack: Stack, neighbours: N
     )
     assert len(answers) == 1501
     assert answers[bob.user_id].allowed
+    questions = [(ada.user_id, [*many, bob.user_id]), (bob.user_id, ()), (bob.user_id, [ada.user_id])]
+    seen = await neighbours.client("messaging").presence_visibility(questions)
+    assert [[item.user_id for item in answer] for answer in seen] == [[bob.user_id], [], [ada.user_id]]
 
 
 async def test_storage_is_reserved_committed_and_freed(stack: Stack, neighbours: Neighbours) -> None:
@@ -243,7 +247,7 @@ ID = str(UUID(int=1))
         (
             "messaging",
             "GetPresenceVisibility",
-            user_pb2.GetPresenceVisibilityRequest(viewer_id="1"),
+            user_pb2.GetPresenceVisibilityRequest(questions=[user_pb2.PresenceQuestion(viewer_id="1")]),
             "viewer_id",
         ),
         ("media", "GetUserQuotas", user_pb2.GetUserQuotasRequest(), "user_id"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -101,20 +101,29 @@ class UserClient:
         return results
 
     async def presence_visibility(
-        self, viewer_id: UUID, subject_ids: Sequence[UUID] = ()
-    ) -> list[PresenceVisibility]:
-        """What the viewer may see of each person's presence; of all their contacts where no ids are given."""
-        seen: list[PresenceVisibility] = []
-        for batch in _batches(subject_ids) or [[]]:
-            request = user_pb2.GetPresenceVisibilityRequest(viewer_id=str(viewer_id), subject_ids=batch)
-            answer = await self._channel.call(
+        self, questions: Sequence[tuple[UUID, Sequence[UUID]]]
+    ) -> list[list[PresenceVisibility]]:
+        """What each viewer may see of each subject's presence, for questions `(viewer_id, subject_ids)` in order.
+
+        Without subjects: of each of the viewer's contacts.
+        """
+        answers: list[list[PresenceVisibility]] = [[] for _ in questions]
+        for batch in _question_batches(questions):
+            request = user_pb2.GetPresenceVisibilityRequest(
+                questions=[
+                    user_pb2.PresenceQuestion(viewer_id=str(questions[number][0]), subject_ids=subjects)
+                    for number, subjects in batch
+                ]
+            )
+            response = await self._channel.call(
                 self._stub.GetPresenceVisibility, request, timeout=2.0, idempotent=True
             )
-            seen.extend(
-                PresenceVisibility(UUID(item.user_id), item.online, item.last_seen)
-                for item in answer.subjects
-            )
-        return seen
+            for (number, _), answer in zip(batch, response.answers, strict=True):
+                answers[number].extend(
+                    PresenceVisibility(UUID(item.user_id), item.online, item.last_seen)
+                    for item in answer.subjects
+                )
+        return answers
 
     async def get_user_quotas(self, user_id: UUID) -> dict[str, Quota]:
         """The person's quotas by resource: `storage_bytes`, `contacts`, `blocks`."""
@@ -184,6 +193,24 @@ class UserClient:
 def _batches(user_ids: Sequence[UUID]) -> list[list[str]]:
     ids = [str(user_id) for user_id in dict.fromkeys(user_ids)]
     return [ids[start : start + BATCH] for start in range(0, len(ids), BATCH)]
+
+
+def _question_batches(
+    questions: Sequence[tuple[UUID, Sequence[UUID]]],
+) -> Iterator[list[tuple[int, list[str]]]]:
+    """Questions by number, as many at once as a request may hold; one with too many subjects is split."""
+    batch: list[tuple[int, list[str]]] = []
+    size = 0
+    for number, (_, subject_ids) in enumerate(questions):
+        for subjects in _batches(subject_ids) or [[]]:
+            weight = max(1, len(subjects))
+            if size + weight > BATCH:
+                yield batch
+                batch, size = [], 0
+            batch.append((number, subjects))
+            size += weight
+    if batch:
+        yield batch
 
 
 def _profile(item: user_pb2.Profile) -> Profile:

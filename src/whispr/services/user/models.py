@@ -241,6 +241,14 @@ class Contactability:
 
 
 @dataclass(frozen=True, slots=True)
+class PresenceQuestion:
+    """Whose presence may the viewer see: of these people, or of all their contacts where none are named?"""
+
+    viewer_id: UUID
+    subject_ids: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class PresenceVisibility:
     """Which parts of a person's presence a viewer may see."""
 

@@ -11,7 +11,14 @@ import msgspec
 from whispr.contracts import user_pb2, user_pb2_grpc
 from whispr.kit.errors import Invalid
 from whispr.kit.rpc_fields import read_choice, read_id, read_ids, read_time
-from whispr.services.user.models import Profile, Purpose, Quotas, StorageAction, StorageRequest
+from whispr.services.user.models import (
+    PresenceQuestion,
+    Profile,
+    Purpose,
+    Quotas,
+    StorageAction,
+    StorageRequest,
+)
 from whispr.services.user.service import UserService
 
 Call = grpc.aio.ServicerContext[Any, Any]
@@ -48,15 +55,25 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
     async def GetPresenceVisibility(
         self, request: user_pb2.GetPresenceVisibilityRequest, context: Call
     ) -> user_pb2.GetPresenceVisibilityResponse:
-        subjects = await self._service.relations.presence_visibility(
-            read_id("viewer_id", request.viewer_id), read_ids("subject_ids", request.subject_ids)
+        answers = await self._service.relations.presence_visibility(
+            [
+                PresenceQuestion(
+                    read_id("viewer_id", item.viewer_id), tuple(read_ids("subject_ids", item.subject_ids))
+                )
+                for item in request.questions
+            ]
         )
         return user_pb2.GetPresenceVisibilityResponse(
-            subjects=[
-                user_pb2.PresenceVisibility(
-                    user_id=str(item.user_id), online=item.online, last_seen=item.last_seen
+            answers=[
+                user_pb2.PresenceAnswer(
+                    subjects=[
+                        user_pb2.PresenceVisibility(
+                            user_id=str(item.user_id), online=item.online, last_seen=item.last_seen
+                        )
+                        for item in subjects
+                    ]
                 )
-                for item in subjects
+                for subjects in answers
             ]
         )
 

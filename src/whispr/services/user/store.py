@@ -27,12 +27,17 @@ _PROFILE = """
     p.created_at, p.updated_at
 """
 
-_RELATION = """
-    EXISTS (SELECT FROM contacts c WHERE c.owner_id = $1 AND c.user_id = p.user_id) AS is_contact,
-    EXISTS (SELECT FROM contacts c WHERE c.owner_id = p.user_id AND c.user_id = $1) AS knows_viewer,
-    EXISTS (SELECT FROM blocks b WHERE b.owner_id = $1 AND b.user_id = p.user_id) AS is_blocked,
-    EXISTS (SELECT FROM blocks b WHERE b.owner_id = p.user_id AND b.user_id = $1) AS blocks_viewer
+
+def _relation_to(viewer: str) -> str:
+    return f"""
+    EXISTS (SELECT FROM contacts c WHERE c.owner_id = {viewer} AND c.user_id = p.user_id) AS is_contact,
+    EXISTS (SELECT FROM contacts c WHERE c.owner_id = p.user_id AND c.user_id = {viewer}) AS knows_viewer,
+    EXISTS (SELECT FROM blocks b WHERE b.owner_id = {viewer} AND b.user_id = p.user_id) AS is_blocked,
+    EXISTS (SELECT FROM blocks b WHERE b.owner_id = p.user_id AND b.user_id = {viewer}) AS blocks_viewer
 """
+
+
+_RELATION = _relation_to("$1")
 
 
 def _profile(row: Record) -> Profile:
@@ -120,6 +125,23 @@ async def related_profiles(
     return [_related(row) for row in rows]
 
 
+async def related_pairs(conn: Connection, pairs: Sequence[tuple[UUID, UUID]]) -> list[RelatedProfile | None]:
+    """For each (viewer, subject) the subject as it stands to the viewer; None where there is no such living person."""
+    rows = await conn.fetch(
+        f"""
+        SELECT asked.number, {_PROFILE}, {_relation_to("asked.viewer_id")}
+        FROM unnest($1::uuid[], $2::uuid[]) WITH ORDINALITY AS asked (viewer_id, subject_id, number)
+        JOIN profiles p ON p.user_id = asked.subject_id AND p.state <> 'erased'
+        """,
+        [viewer_id for viewer_id, _ in pairs],
+        [subject_id for _, subject_id in pairs],
+    )
+    found: list[RelatedProfile | None] = [None] * len(pairs)
+    for row in rows:
+        found[row["number"] - 1] = _related(row)
+    return found
+
+
 async def lock_profiles(conn: Connection, user_ids: Sequence[UUID]) -> dict[UUID, State]:
     """Lock the rows in the order of their ids, so that two people acting on each other cannot deadlock."""
     rows = await conn.fetch(
@@ -157,14 +179,22 @@ async def update_profile(
     return _profile(row) if row else None
 
 
-async def touch(conn: Connection, user_id: UUID, now: datetime, unless_since: datetime) -> None:
-    """Note that the person is there; no write where that was noted after `unless_since`."""
+async def touch(conn: Connection, user_ids: Sequence[UUID], now: datetime, unless_since: datetime) -> None:
+    """Note that the people are there; no write where that was noted after `unless_since`.
+
+    A row that somebody else holds is left: two such calls must not wait for each other in opposite orders.
+    """
     await conn.execute(
         """
-        UPDATE profiles SET last_active_at = $2, state = 'active'
-        WHERE user_id = $1 AND (state = 'dormant' OR state = 'active' AND last_active_at < $3)
+        UPDATE profiles p SET last_active_at = $2, state = 'active'
+        FROM (
+            SELECT user_id FROM profiles
+            WHERE user_id = ANY($1::uuid[]) AND (state = 'dormant' OR state = 'active' AND last_active_at < $3)
+            FOR NO KEY UPDATE SKIP LOCKED
+        ) AS due
+        WHERE p.user_id = due.user_id
         """,
-        user_id,
+        user_ids,
         now,
         unless_since,
     )
@@ -247,9 +277,15 @@ async def count_blocks(conn: Connection, owner_id: UUID) -> int:
     return int(await conn.fetchval("SELECT count(*) FROM blocks WHERE owner_id = $1", owner_id))
 
 
-async def contact_ids(conn: Connection, owner_id: UUID) -> list[UUID]:
-    rows = await conn.fetch("SELECT user_id FROM contacts WHERE owner_id = $1", owner_id)
-    return [row["user_id"] for row in rows]
+async def contacts_of(conn: Connection, owner_ids: Sequence[UUID]) -> dict[UUID, list[UUID]]:
+    """The contacts of those who have any."""
+    rows = await conn.fetch(
+        "SELECT owner_id, user_id FROM contacts WHERE owner_id = ANY($1::uuid[])", owner_ids
+    )
+    contacts: dict[UUID, list[UUID]] = {}
+    for row in rows:
+        contacts.setdefault(row["owner_id"], []).append(row["user_id"])
+    return contacts
 
 
 async def contacts_after(

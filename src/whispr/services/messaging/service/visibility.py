@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 from uuid import UUID
 
+from whispr.kit.batching import Batcher
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure
 from whispr.kit.telemetry import get_logger
@@ -31,9 +32,9 @@ class PresenceSource(Protocol):
     """Who knows: a client of user."""
 
     async def presence_visibility(
-        self, viewer_id: UUID, subject_ids: Sequence[UUID] = ()
-    ) -> Sequence[PresenceVisibility]:
-        """For each subject; without subjects, for each of the viewer's contacts."""
+        self, questions: Sequence[tuple[UUID, Sequence[UUID]]]
+    ) -> Sequence[Sequence[PresenceVisibility]]:
+        """For each question `(viewer_id, subject_ids)`: each subject; without subjects, each of the viewer's contacts."""
 
 
 class View:
@@ -57,7 +58,8 @@ class Visibility:
     """Fills views. While user cannot be asked a view stays what it was, at first empty: nobody is shown."""
 
     def __init__(self, source: PresenceSource, clock: Clock) -> None:
-        self._source = source
+        # Everybody looks at once when a node starts and its people come back.
+        self._questions = Batcher(source.presence_visibility)
         self._clock = clock
 
     def is_due(self, view: View) -> bool:
@@ -71,7 +73,7 @@ class Visibility:
         try:
             subjects = () if view.subjects is None else tuple(view.subjects - {view.viewer_id})
             answers = (
-                await self._source.presence_visibility(view.viewer_id, subjects)
+                await self._questions.ask((view.viewer_id, subjects))
                 if subjects or view.subjects is None
                 else ()
             )

@@ -70,7 +70,7 @@ class Profiles:
         await self._directory.ensure([user_id])
         now = self._clock.now()
         async with self._database.connection() as conn:
-            await store.touch(conn, user_id, now, now - ACTIVITY_GRAIN)
+            await store.touch(conn, [user_id], now, now - ACTIVITY_GRAIN)
             profile = await store.profile(conn, user_id)
         if profile is None:
             raise UserNotFound

@@ -10,12 +10,15 @@ from whispr.kit.clock import Clock
 from whispr.kit.db import Connection, Database
 from whispr.services.user import store
 from whispr.services.user.models import (
+    BATCH_LIMIT,
+    BatchTooLarge,
     BlockLimitReached,
     Contactability,
     ContactBlocked,
     ContactLimitReached,
     OwnAccount,
     Position,
+    PresenceQuestion,
     PresenceVisibility,
     Purpose,
     Reason,
@@ -115,7 +118,7 @@ class Relations:
         await self._directory.ensure(recipient_ids)
         now = self._clock.now()
         async with self._database.connection() as conn:
-            await store.touch(conn, sender_id, now, now - ACTIVITY_GRAIN)
+            await store.touch(conn, [sender_id], now, now - ACTIVITY_GRAIN)
             found = {
                 item.profile.user_id: item
                 for item in await store.related_profiles(conn, sender_id, recipient_ids)
@@ -126,16 +129,33 @@ class Relations:
         ]
 
     async def presence_visibility(
-        self, viewer_id: UUID, subject_ids: Sequence[UUID]
-    ) -> list[PresenceVisibility]:
-        """What the viewer may see of each person's presence; of all their contacts where no ids are given."""
-        await self._directory.ensure(subject_ids)
+        self, questions: Sequence[PresenceQuestion]
+    ) -> list[list[PresenceVisibility]]:
+        """What each viewer may see of each subject's presence, in the order of the questions.
+
+        Raises BatchTooLarge above 1,000 questions or subjects.
+        """
+        if len(questions) > BATCH_LIMIT:
+            raise BatchTooLarge
+        await self._directory.ensure([subject for question in questions for subject in question.subject_ids])
         now = self._clock.now()
+        viewers = list({question.viewer_id for question in questions})
+        answers: list[list[PresenceVisibility]] = [[] for _ in questions]
         async with self._database.connection() as conn:
-            await store.touch(conn, viewer_id, now, now - ACTIVITY_GRAIN)
-            wanted = subject_ids or await store.contact_ids(conn, viewer_id)
-            found = await store.related_profiles(conn, viewer_id, wanted)
-        return [_visibility(viewer_id, item) for item in found]
+            await store.touch(conn, viewers, now, now - ACTIVITY_GRAIN)
+            contacts = await store.contacts_of(
+                conn, [question.viewer_id for question in questions if not question.subject_ids]
+            )
+            asked = [
+                (number, question.viewer_id, subject)
+                for number, question in enumerate(questions)
+                for subject in question.subject_ids or contacts.get(question.viewer_id, ())
+            ]
+            found = await store.related_pairs(conn, [(viewer, subject) for _, viewer, subject in asked])
+        for (number, viewer, _), item in zip(asked, found, strict=True):
+            if item is not None:
+                answers[number].append(_visibility(viewer, item))
+        return answers
 
     async def _prepare(self, owner_id: UUID, user_id: UUID) -> None:
         if owner_id == user_id:
