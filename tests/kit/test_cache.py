@@ -4,11 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import pytest
+from tests.journeys.cable import Cable
 
 from whispr.instance.valkey import EmbeddedValkey
+from whispr.kit import cache as cache_module
 from whispr.kit.cache import Cache, CacheUnavailable, RateLimiter
 from whispr.kit.errors import RateLimited
 
@@ -74,6 +77,29 @@ async def test_subscriptions_come_back_after_a_kill_and_the_gap_is_told(tmp_path
         await cache.publish("test", b"heard")
         await until(lambda: heard == [b"heard"])
     server.stop()
+
+
+async def test_a_subscription_that_the_network_swallowed_is_made_anew(
+    valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_PROOF_SECONDS", 0.1)
+    monkeypatch.setattr(cache_module, "_ANSWER_SECONDS", 0.5)
+    parts = urlsplit(valkey_url)
+    async with Cable(parts.port or 0) as cable:
+        netloc = f"{parts.netloc.rpartition(':')[0]}:{cable.port}"
+        async with running(parts._replace(netloc=netloc).geturl()) as cache:
+            channel, heard, gaps = f"test:{uuid4()}", list[bytes](), list[None]()
+            cache.subscribe(channel, heard.append)
+            cache.on_reconnect(lambda: gaps.append(None))
+            await until(lambda: channel in cache.subscribed)
+            cable.cut()
+            await until(lambda: channel not in cache.subscribed)
+            # Nothing tells the process that its old connection is dead.
+            cable.heal(silently=True)
+            await until(lambda: bool(gaps) and channel in cache.subscribed)
+            async with running(valkey_url) as other:
+                await other.publish(channel, b"heard again")
+            await until(lambda: heard == [b"heard again"])
 
 
 async def test_a_limit_allows_its_burst_and_then_says_how_long_to_wait(valkey_url: str) -> None:

@@ -26,6 +26,9 @@ log = get_logger(__name__)
 
 Handler = Callable[[bytes], None]
 
+_ANSWER_SECONDS = 5.0
+_PROOF_SECONDS = 2.5
+
 LOST_CACHE: tuple[type[BaseException], ...] = (RedisError, OSError, asyncio.TimeoutError)
 
 
@@ -69,6 +72,7 @@ class Cache:
         self._subscribed: set[str] = set()
         self._on_reconnect: list[Callable[[], None]] = []
         self._connected_before = False
+        self._heard = False
 
     async def close(self) -> None:
         """Close every connection."""
@@ -128,7 +132,8 @@ class Cache:
     async def _serve_subscriptions(self) -> None:
         self._pubsub = self._subscriber.pubsub(ignore_subscribe_messages=True)
         # A channel nobody publishes to keeps the connection in subscribed mode while there is nothing else to hear.
-        await self._pubsub.subscribe("whispr:idle")
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            await self._pubsub.subscribe("whispr:idle")
         await self._follow_handlers()
         if self._connected_before:
             metrics.cache_reconnects.inc()
@@ -136,19 +141,21 @@ class Cache:
                 callback()
         self._connected_before = True
         reader = asyncio.create_task(self._read(self._pubsub))
+        prover = asyncio.create_task(self._prove(self._pubsub))
         changed = asyncio.create_task(self._changed.wait())
         try:
             while True:
-                done, _ = await asyncio.wait({reader, changed}, return_when=asyncio.FIRST_COMPLETED)
-                if reader in done:
-                    reader.result()
+                done, _ = await asyncio.wait({reader, prover, changed}, return_when=asyncio.FIRST_COMPLETED)
+                if done & {reader, prover}:
+                    for ended in done & {reader, prover}:
+                        ended.result()
                     return
                 await self._follow_handlers()
                 changed = asyncio.create_task(self._changed.wait())
         finally:
-            reader.cancel()
-            changed.cancel()
-            await asyncio.gather(reader, changed, return_exceptions=True)
+            for task in (reader, prover, changed):
+                task.cancel()
+            await asyncio.gather(reader, prover, changed, return_exceptions=True)
 
     async def _follow_handlers(self) -> None:
         assert self._pubsub is not None
@@ -161,13 +168,14 @@ class Cache:
             if channels:
                 # Not wait_for, which on 3.11 forgets a cancellation that arrives together with the answer: a process
                 # that stops just after it has unsubscribed would wait for this loop for ever.
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(_ANSWER_SECONDS):
                     await change(*channels)
         self._subscribed = wanted
 
     async def _read(self, pubsub: PubSub) -> None:
         while True:
             message: dict[str, Any] | None = await pubsub.get_message(timeout=None)
+            self._heard = True
             if message is None or message["type"] != "message":
                 continue
             for handler in tuple(self._handlers.get(message["channel"].decode(), ())):
@@ -176,6 +184,17 @@ class Cache:
                 except Exception:
                     # One bad hint must not end the subscription that everything else lives on.
                     log.exception("cache_hint_failed", channel=message["channel"].decode())
+
+    async def _prove(self, pubsub: PubSub) -> None:
+        """Raises TimeoutError once the server is silent: a network that swallows packets closes no connection, and a
+        subscription that is only waited on would be deaf for ever."""
+        while True:
+            self._heard = False
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                await pubsub.ping()
+            await asyncio.sleep(_PROOF_SECONDS)
+            if not self._heard:
+                raise TimeoutError
 
     async def _drop_pubsub(self) -> None:
         if self._pubsub is None:
