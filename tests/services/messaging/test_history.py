@@ -25,9 +25,15 @@ async def pair(stack: Stack) -> tuple[Door, Door, str]:
 
 async def test_a_message_comes_back_as_it_was_sent(stack: Stack) -> None:
     ann, bob, direct = await pair(stack)
-    media, original = str(uuid4()), str(uuid4())
+    original = (await ann.post("/messages", ann.draft(direct))).json()
     draft = ann.draft(
-        direct, "hi", media_ids=[media], expires_in=60, reply_to_id=original, message_type="media"
+        direct,
+        "hi",
+        media_ids=[str(uuid4())],
+        expires_in=60,
+        expires_from="read",
+        reply_to_id=original["id"],
+        message_type="media",
     )
     answer = await ann.post("/messages", draft)
     assert answer.status_code == 201
@@ -40,10 +46,11 @@ async def test_a_message_comes_back_as_it_was_sent(stack: Stack) -> None:
         "signature",
         "reply_to_id",
         "media_ids",
+        "expires_from",
     ):
         assert sent[name] == draft[name]
     assert (sent["seq"], sent["sender_id"], sent["sender_device_id"]) == (
-        1,
+        2,
         ann.id,
         str(ann.person.device_id),
     )
@@ -54,9 +61,9 @@ async def test_a_message_comes_back_as_it_was_sent(stack: Stack) -> None:
         60,
     )
     history = await bob.ok(f"/conversations/{direct}/messages")
-    assert history == {"items": [sent], "head_seq": 1}
-    (event,) = await bob.log(direct)
-    assert event == {"seq": 1, "event": "new_message", "payload": sent}
+    assert history == {"items": [original, sent], "head_seq": 2}
+    _, event = await bob.log(direct)
+    assert event == {"seq": 2, "event": "new_message", "payload": sent}
     assert (await bob.ok(f"/conversations/{direct}"))["last_message"] == sent
 
 

@@ -28,7 +28,11 @@ from whispr.services.messaging.models import (
     DevicesMismatch,
     Draft,
     InvalidContent,
+    NotAllowed,
     NotAMember,
+    Permissions,
+    ReplyNotFound,
+    Role,
     SendResult,
     UnknownUser,
 )
@@ -123,7 +127,7 @@ def envelopes(*devices: Device, **changes: Any) -> dict[str, Any]:
 
 async def test_first_message_has_seq_one_and_is_published_after_its_commit(bench: Bench) -> None:
     conversation_id, one, _ = await bench.pair()
-    draft = one.draft(conversation_id, reply_to_id=uuid4(), media_ids=(uuid4(), uuid4()), expires_in=60)
+    draft = one.draft(conversation_id, media_ids=(uuid4(), uuid4()), expires_in=60)
     result = await bench.sending.send(draft)
     assert not result.duplicate
     head = result.message.head
@@ -133,6 +137,32 @@ async def test_first_message_has_seq_one_and_is_published_after_its_commit(bench
     assert [event for event in bench.published if event.conversation_id == conversation_id] == stored
     async with bench.db.connection() as connection:
         assert await history.find_message(connection, head.id) == result.message
+
+
+async def test_replies_are_to_messages_of_the_same_conversation(bench: Bench) -> None:
+    conversation_id, one, two = await bench.pair()
+    first = (await bench.sending.send(one.draft(conversation_id))).message.head
+    reply = await bench.sending.send(two.draft(conversation_id, reply_to_id=first.id))
+    assert reply.message.head.reply_to_id == first.id
+    with pytest.raises(ReplyNotFound):
+        await bench.sending.send(one.draft(conversation_id, reply_to_id=uuid4()))
+    away = await bench.conversation(one.user_id)
+    with pytest.raises(ReplyNotFound):
+        await bench.sending.send(one.draft(away, reply_to_id=first.id))
+
+
+async def test_nobody_below_the_permitted_role_sends(bench: Bench) -> None:
+    conversation_id, one, two = await bench.pair()
+    async with bench.db.transaction() as tx:
+        await members.set_role(tx, conversation_id, one.user_id, Role.ADMIN)
+        await conversations.set_permissions(tx, conversation_id, Permissions(send=Role.ADMIN))
+    # The cache still says that everybody may: the statement has the last word.
+    with pytest.raises(NotAllowed):
+        await bench.sending.send(two.draft(conversation_id))
+    bench.directory.clear()
+    with pytest.raises(NotAllowed):
+        await bench.sending.send(two.draft(conversation_id))
+    assert (await bench.sending.send(one.draft(conversation_id))).message.head.seq == 1
 
 
 async def test_numbers_are_dense_and_in_the_order_of_sending(bench: Bench) -> None:

@@ -107,6 +107,7 @@ def _draft(caller: Caller, body: MessageCreation) -> Draft:
         reply_to_id=body.reply_to_id,
         media_ids=tuple(body.media_ids or ()),
         expires_in=body.expires_in,
+        expires_from_read=body.expires_from == "read",
     )
 
 

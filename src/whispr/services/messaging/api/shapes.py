@@ -9,7 +9,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from whispr.kit.http import Body
-from whispr.services.messaging.models import MAX_MEMBERS
+from whispr.services.messaging.models import MAX_EXPIRY_SECONDS, MAX_MEMBERS
 
 MAX_SEQ = 2**53 - 1
 """JSON readers lose integers above it."""
@@ -24,6 +24,11 @@ ConversationTypeName = Literal["direct", "group"]
 RoleName = Literal["owner", "admin", "member"]
 
 _BASE64 = {"type": "string", "contentEncoding": "base64"}
+_COMMITMENT = {
+    **_BASE64,
+    "description": "32 bytes: HMAC-SHA-256 of the plaintext under a key that travels inside the encryption. A report that"
+    " shows both can be verified.",
+}
 _ENVELOPES = {
     "type": "object",
     "propertyNames": {"format": "uuid"},
@@ -52,13 +57,13 @@ SentContent = Annotated[
             "oneOf": [
                 {
                     "type": "object",
-                    "properties": {"ciphertext": _BASE64},
+                    "properties": {"ciphertext": _BASE64, "commitment": _COMMITMENT},
                     "required": ["ciphertext"],
                     "additionalProperties": False,
                 },
                 {
                     "type": "object",
-                    "properties": {"envelopes": _ENVELOPES},
+                    "properties": {"envelopes": _ENVELOPES, "commitment": _COMMITMENT},
                     "required": ["envelopes"],
                     "additionalProperties": False,
                 },
@@ -117,7 +122,12 @@ class MessageCreation(Body):
     )
     reply_to_id: UUID | None = None
     media_ids: list[UUID] | None = Field(None, max_length=100)
-    expires_in: int | None = Field(None, ge=1, le=2**31 - 1, description="Seconds.")
+    expires_in: int | None = Field(
+        None, ge=1, le=MAX_EXPIRY_SECONDS, description="Seconds after which the message is erased."
+    )
+    expires_from: Literal["sent", "read"] = Field(
+        "sent", description="What the seconds count from; `read`: when every recipient has read it."
+    )
     send_at: datetime | None = Field(None, description="Send it then. Needs the scheduling service.")
 
 
@@ -146,6 +156,14 @@ class ContentView(_View):
 
     ciphertext: str | None = None
     envelopes: dict[UUID, dict[str, Any]] | None = None
+    commitment: str | None = None
+
+
+class ReactionView(_View):
+    """One reaction and who chose it, the first one first."""
+
+    reaction: str
+    user_ids: list[UUID]
 
 
 class MessageView(_View):
@@ -167,7 +185,12 @@ class MessageView(_View):
     sent_at: datetime
     edited_at: datetime | None
     is_deleted: bool
-    reactions: list[dict[str, Any]]
+    reactions: list[ReactionView]
+    edited_device_id: UUID | None = Field(
+        None, description="Signed the present content, where it is not `sender_device_id`."
+    )
+    expires_from: Literal["sent", "read"] | None = None
+    expires_at: datetime | None = Field(None, description="When the message will be erased, once known.")
 
 
 class ConversationView(_View):

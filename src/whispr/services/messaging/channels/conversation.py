@@ -114,6 +114,7 @@ class ConversationChannel(RoomChannel):
             body.reply_to_id,
             body.media_ids or (),
             body.expires_in,
+            body.expires_from == "read",
         )
         self._desk.sending.submit(draft, _Answer(reply))
         if self._is_typing:

@@ -8,6 +8,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.services.messaging.models import MAX_EXPIRY_SECONDS
 from whispr.services.messaging.service.opening import Cursor
 
 _Seq = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -22,7 +23,8 @@ class NewMessage(msgspec.Struct):
     signature: bytes
     reply_to_id: UUID | None = None
     media_ids: Annotated[tuple[UUID, ...], msgspec.Meta(max_length=100)] | None = None
-    expires_in: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    expires_in: Annotated[int, msgspec.Meta(ge=1, le=MAX_EXPIRY_SECONDS)] | None = None
+    expires_from: Literal["sent", "read"] = "sent"
     send_at: datetime | None = None
 
 

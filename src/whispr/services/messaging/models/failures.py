@@ -131,6 +131,13 @@ class InvalidMessageType(Failure):
     code = "invalid_message_type"
 
 
+class ReplyNotFound(Failure):
+    """The message replied to is not in this conversation, or not for you to see."""
+
+    kind = Kind.INVALID
+    code = "reply_not_found"
+
+
 class InvalidContent(Failure):
     """Content is either a ciphertext or envelopes, in base64."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Final, NewType
+from typing import Any, Final, Literal, NewType
 from uuid import UUID
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 MAX_MEMBERS: Final = 1_000
 MAX_CONTENT_BYTES: Final = 96 * 1024
 NO_ENVELOPE: Final = b'{"envelopes":{}}'
+MAX_EXPIRY_SECONDS: Final = 366 * 24 * 3600
 MESSAGE_TYPES: Final = frozenset({"text", "media", "system"})
 
 MemberId = NewType("MemberId", UUID)
@@ -70,17 +71,28 @@ class Member(msgspec.Struct, frozen=True, gc=False):
     floor_seq: int
 
 
+class Permissions(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The least role that may do each thing in a group. In a direct conversation both may do all."""
+
+    send: Role = Role.MEMBER
+    add_members: Role = Role.ADMIN
+    pin: Role = Role.ADMIN
+    edit_metadata: Role = Role.ADMIN
+
+
 class Conversation(msgspec.Struct, frozen=True):
     """A conversation as the hot path needs it: its kind and its active members by user id."""
 
     id: UUID
     type: ConversationType
     is_active: bool
+    permissions: Permissions
     members: dict[UUID, Member]
 
 
 class ConversationRow(msgspec.Struct, frozen=True):
-    """A row of `conversations`. `last_seq` is the head of its log (0 before the first event)."""
+    """A row of `conversations`. `last_seq` is the head of its log (0 before the first event), `purged_seq` the last
+    event that was removed for ever (0 before the first purge)."""
 
     id: UUID
     type: ConversationType
@@ -90,6 +102,9 @@ class ConversationRow(msgspec.Struct, frozen=True):
     last_seq: int
     created_at: datetime
     updated_at: datetime
+    permissions: Permissions
+    retention_seconds: int | None
+    purged_seq: int
 
 
 class MemberView(msgspec.Struct, frozen=True):
@@ -120,8 +135,20 @@ class MemberRow(msgspec.Struct, frozen=True):
         return MemberView(self.user_id, self.role, self.joined_at, self.delivered_seq, self.read_seq)
 
 
+class Reaction(msgspec.Struct, frozen=True):
+    """One reaction to a message and who chose it, the first one first."""
+
+    reaction: str
+    user_ids: tuple[UUID, ...]
+
+
 class MessageHead(msgspec.Struct, frozen=True):
-    """MESSAGE without its content: the part that is the same for every device."""
+    """MESSAGE without its content: the part that is the same for every device.
+
+    The last three are left out where they say nothing: `edited_device_id` signed the present content if
+    `sender_device_id` did not; `expires_from` is when the seconds of `expires_in` begin; `expires_at` is when they end,
+    once that is known.
+    """
 
     id: UUID
     conversation_id: UUID
@@ -138,7 +165,10 @@ class MessageHead(msgspec.Struct, frozen=True):
     sent_at: datetime
     edited_at: datetime | None
     is_deleted: bool
-    reactions: tuple[()] = ()
+    reactions: tuple[Reaction, ...] = ()
+    edited_device_id: UUID | msgspec.UnsetType = msgspec.UNSET
+    expires_from: Literal["sent", "read"] | msgspec.UnsetType = msgspec.UNSET
+    expires_at: datetime | msgspec.UnsetType = msgspec.UNSET
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -194,6 +224,7 @@ class Draft(msgspec.Struct, frozen=True):
     reply_to_id: UUID | None = None
     media_ids: tuple[UUID, ...] = ()
     expires_in: int | None = None
+    expires_from_read: bool = False
 
 
 class SendResult(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Literal
 from uuid import UUID
 
 import msgspec
@@ -13,6 +14,7 @@ _encode = msgspec.json.Encoder().encode
 
 class _StoredContent(msgspec.Struct):
     envelopes: dict[str, msgspec.Raw] | None = None
+    commitment: str | None = None
 
 
 _decode_content = msgspec.json.Decoder(_StoredContent).decode
@@ -20,16 +22,24 @@ _decode_content = msgspec.json.Decoder(_StoredContent).decode
 
 def split_content(content: bytes) -> Content:
     """Prepare stored content for delivery: an envelope is cut out for each device without parsing its body."""
-    envelopes = _decode_content(content).envelopes
-    if envelopes is None:
+    stored = _decode_content(content)
+    if stored.envelopes is None:
         return Content(shared=content, envelopes=None)
+    commitment = b"" if stored.commitment is None else b',"commitment":"%b"' % stored.commitment.encode()
     return Content(
         shared=None,
         envelopes={
-            UUID(device): b'{"envelopes":{"%b":%b}}' % (device.encode(), bytes(envelope))
-            for device, envelope in envelopes.items()
+            UUID(device): b'{"envelopes":{"%b":%b}%b}' % (device.encode(), envelope, commitment)
+            for device, envelope in stored.envelopes.items()
         },
     )
+
+
+def expires_from(expires_in: int | None, from_read: bool) -> Literal["sent", "read"] | msgspec.UnsetType:
+    """When a message's seconds begin; unset for one that does not expire."""
+    if expires_in is None:
+        return msgspec.UNSET
+    return "read" if from_read else "sent"
 
 
 def encode_head(head: MessageHead) -> bytes:

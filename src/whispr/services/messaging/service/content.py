@@ -20,6 +20,7 @@ from whispr.services.messaging.models import (
 
 SIGNATURE_CONTEXT: Final = b"whispr-message-v1"
 SIGNATURE_BYTES: Final = 64
+COMMITMENT_BYTES: Final = 32
 
 # The text of an id is part of what is signed, so only the form that everybody would write is taken.
 _DeviceKey = Annotated[
@@ -37,6 +38,7 @@ class Envelope(msgspec.Struct, forbid_unknown_fields=True):
 
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
     ciphertext: str | msgspec.UnsetType = msgspec.UNSET
+    commitment: str | msgspec.UnsetType = msgspec.UNSET
     envelopes: dict[_DeviceKey, Envelope] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -61,12 +63,15 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 def canonical_json(content: bytes) -> tuple[bytes, dict[str, Envelope] | None]:
     """CONTENT in canonical form (keys sorted, no spaces, UTF-8), and its envelopes if it has any.
 
-    Raises `InvalidContent` unless it is exactly one of `ciphertext` and `envelopes` with strict base64 inside.
+    Raises `InvalidContent` unless it is exactly one of `ciphertext` and `envelopes` with strict base64 inside, and beside
+    it at most a `commitment` to the plaintext, by which a report can be verified.
     """
     try:
         body = _decode(content)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidContent(str(error) if isinstance(error, msgspec.ValidationError) else None) from None
+    if body.commitment is not msgspec.UNSET:
+        _require_commitment(body.commitment)
     if body.ciphertext is not msgspec.UNSET and body.envelopes is msgspec.UNSET:
         _require_base64(body.ciphertext)
         return _encode_sorted(body), None
@@ -101,3 +106,12 @@ def _require_base64(text: str) -> None:
         raise InvalidContent("A ciphertext or envelope body is not base64.") from None
     if not decoded:
         raise InvalidContent("A ciphertext or envelope body is empty.")
+
+
+def _require_commitment(text: str) -> None:
+    try:
+        size = len(binascii.a2b_base64(text, strict_mode=True))
+    except ValueError:
+        size = 0
+    if size != COMMITMENT_BYTES:
+        raise InvalidContent(f"The commitment is not the base64 of {COMMITMENT_BYTES} bytes.")

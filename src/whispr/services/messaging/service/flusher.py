@@ -11,9 +11,11 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
+
+from msgspec import UNSET, UnsetType
 
 from whispr.kit.clock import Clock
 from whispr.kit.db import Database
@@ -25,10 +27,14 @@ from whispr.services.messaging.models import (
     ClientIdConflict,
     CommittedEvent,
     ConversationClosed,
+    Draft,
     Message,
     MessageHead,
+    NotAllowed,
     NotAMember,
+    ReplyNotFound,
     SendResult,
+    expires_from,
     message_event,
 )
 from whispr.services.messaging.service.content import Parsed
@@ -48,6 +54,8 @@ _REFUSALS: Final[dict[store.Outcome, type[Failure]]] = {
     store.Outcome.CONFLICT: ClientIdConflict,
     store.Outcome.NOT_A_MEMBER: NotAMember,
     store.Outcome.CLOSED: ConversationClosed,
+    store.Outcome.REPLY_NOT_FOUND: ReplyNotFound,
+    store.Outcome.NOT_ALLOWED: NotAllowed,
 }
 
 
@@ -94,6 +102,7 @@ class Admitted:
             draft.reply_to_id,
             draft.media_ids,
             draft.expires_in,
+            draft.expires_from_read,
         )
 
     def message(self, stored: store.Stored) -> Message:
@@ -116,6 +125,8 @@ class Admitted:
                 stored.sent_at,
                 None,
                 False,
+                expires_from=expires_from(draft.expires_in, draft.expires_from_read),
+                expires_at=_expires_at(draft, stored.sent_at),
             ),
             self.parsed.canonical,
         )
@@ -334,3 +345,9 @@ class Flusher:
             if self._in_flight == 0:
                 self._idle.set()
         return on_done
+
+
+def _expires_at(draft: Draft, sent_at: datetime) -> datetime | UnsetType:
+    if draft.expires_in is None or draft.expires_from_read:
+        return UNSET
+    return sent_at + timedelta(seconds=draft.expires_in)

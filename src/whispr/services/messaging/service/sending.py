@@ -27,6 +27,7 @@ from whispr.services.messaging.models import (
     ConversationType,
     DevicesMismatch,
     Draft,
+    NotAllowed,
     NotAMember,
     SendResult,
 )
@@ -175,6 +176,8 @@ class Sending:
             raise ConversationClosed
         if conversation.type is ConversationType.DIRECT:
             self._judge_contact(conversation, draft.sender_id)
+        elif conversation.members[draft.sender_id].role.rank < conversation.permissions.send.rank:
+            raise NotAllowed
         own = self._devices.peek(draft.sender_id)
         if own is None:
             raise _Missing(lambda: self._devices.load([draft.sender_id]))
@@ -300,8 +303,9 @@ class Sending:
                     connection, draft.conversation_id, draft.sender_device_id, draft.client_id
                 )
             if earlier is not None:
-                is_same = earlier.head.content_sha256 == parsed.content_sha256
-                result = SendResult(earlier, duplicate=True) if is_same else ClientIdConflict()
+                message, first_sha256 = earlier
+                is_same = first_sha256 == parsed.content_sha256
+                result = SendResult(message, duplicate=True) if is_same else ClientIdConflict()
         except Failure as failure:
             result = failure
         except Exception:

@@ -10,9 +10,12 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.db import Connection
-from whispr.services.messaging.models import CommittedEvent, ConversationRow, ConversationType
+from whispr.services.messaging.models import CommittedEvent, ConversationRow, ConversationType, Permissions
 
-_COLUMNS = "id, type, metadata, is_active, created_by, last_seq, created_at, updated_at"
+_COLUMNS = (
+    "id, type, metadata, is_active, created_by, last_seq, created_at, updated_at, permissions, retention_seconds,"
+    " purged_seq"
+)
 
 
 def _row(record: Any) -> ConversationRow:
@@ -25,6 +28,9 @@ def _row(record: Any) -> ConversationRow:
         last_seq=record["last_seq"],
         created_at=record["created_at"],
         updated_at=record["updated_at"],
+        permissions=msgspec.convert(record["permissions"], Permissions),
+        retention_seconds=record["retention_seconds"],
+        purged_seq=record["purged_seq"],
     )
 
 
@@ -111,6 +117,15 @@ async def heads(connection: Connection, conversation_ids: Sequence[UUID]) -> dic
 async def update_metadata(tx: Connection, conversation_id: UUID, metadata: dict[str, Any]) -> None:
     """Replace the metadata; its event sets the time of the change."""
     await tx.execute("UPDATE conversations SET metadata = $2 WHERE id = $1", conversation_id, metadata)
+
+
+async def set_permissions(tx: Connection, conversation_id: UUID, permissions: Permissions) -> None:
+    """Replace the permissions; their event sets the time of the change."""
+    await tx.execute(
+        "UPDATE conversations SET permissions = $2 WHERE id = $1",
+        conversation_id,
+        msgspec.to_builtins(permissions),
+    )
 
 
 async def close(tx: Connection, conversation_id: UUID) -> None:

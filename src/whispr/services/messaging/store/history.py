@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+from msgspec import UNSET
+
 from whispr.kit.db import Connection
 from whispr.services.messaging.models import (
     CommittedEvent,
     Message,
     MessageHead,
     RecipientStatus,
+    expires_from,
     message_event,
 )
 
 MESSAGE_COLUMNS = (
     "id, conversation_id, seq, sender_id, sender_device_id, client_id, message_type, content, content_sha256,"
-    " signature, reply_to_id, media_ids, expires_in, sent_at, edited_at, is_deleted"
+    " signature, reply_to_id, media_ids, expires_in, sent_at, edited_at, is_deleted, edited_device_id, expires_from_read,"
+    " expires_at"
 )
 
 
@@ -39,6 +43,9 @@ def message_from(record: Any) -> Message:
             sent_at=record["sent_at"],
             edited_at=record["edited_at"],
             is_deleted=record["is_deleted"],
+            edited_device_id=record["edited_device_id"] or UNSET,
+            expires_from=expires_from(record["expires_in"], record["expires_from_read"]),
+            expires_at=record["expires_at"] or UNSET,
         ),
         content=record["content"],
     )

@@ -7,8 +7,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from whispr.kit.db import Connection
-from whispr.services.messaging.models import Conversation, ConversationType, Member, MemberRow, Role
+from whispr.services.messaging.models import (
+    Conversation,
+    ConversationType,
+    Member,
+    MemberRow,
+    Permissions,
+    Role,
+)
 
 _COLUMNS = (
     "conversation_id, user_id, role, settings, joined_at, floor_seq, is_active, delivered_seq, read_seq"
@@ -33,7 +42,7 @@ async def load_conversation(connection: Connection, conversation_id: UUID) -> Co
     """A conversation with its active members, as the hot path needs it, in one snapshot."""
     records = await connection.fetch(
         """
-        SELECT c.type, c.is_active, m.user_id, m.role, m.floor_seq
+        SELECT c.type, c.is_active, c.permissions, m.user_id, m.role, m.floor_seq
         FROM conversations c
         LEFT JOIN conversation_members m ON m.conversation_id = c.id AND m.is_active
         WHERE c.id = $1
@@ -46,6 +55,7 @@ async def load_conversation(connection: Connection, conversation_id: UUID) -> Co
         id=conversation_id,
         type=ConversationType(records[0]["type"]),
         is_active=records[0]["is_active"],
+        permissions=msgspec.convert(records[0]["permissions"], Permissions),
         members={
             record["user_id"]: Member(Role(record["role"]), record["floor_seq"])
             for record in records

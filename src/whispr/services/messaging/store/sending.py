@@ -37,6 +37,8 @@ class Outcome(IntEnum):
     CLOSED = 4
     STALE = 5
     """Someone else wrote to the conversation while the batch waited for it; store it again, locked first."""
+    REPLY_NOT_FOUND = 6
+    NOT_ALLOWED = 7
 
 
 class NewMessage(msgspec.Struct, frozen=True, gc=False):
@@ -54,6 +56,7 @@ class NewMessage(msgspec.Struct, frozen=True, gc=False):
     reply_to_id: UUID | None
     media_ids: tuple[UUID, ...]
     expires_in: int | None
+    expires_from_read: bool
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -100,6 +103,7 @@ async def store_batch(
                     message.reply_to_id,
                     _uuid_array(message.media_ids),
                     message.expires_in,
+                    message.expires_from_read,
                 )
                 for message in messages
             ),
@@ -124,15 +128,15 @@ _STORE_BATCH = """
 WITH draft AS MATERIALIZED (
     SELECT * FROM unnest(
         $1::uuid[], $2::uuid[], $3::uuid[], $4::uuid[], $5::uuid[], $6::text[], $7::bytea[], $8::bytea[], $9::bytea[],
-        $10::uuid[], $11::text[], $12::int[]
+        $10::uuid[], $11::text[], $12::int[], $13::boolean[]
     ) WITH ORDINALITY AS d (
         conversation_id, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256, signature,
-        reply_to_id, media_ids, expires_in, ord
+        reply_to_id, media_ids, expires_in, expires_from_read, ord
     )
 ), locked AS MATERIALIZED (
-    SELECT id, last_seq, is_active FROM conversations WHERE id = ANY($13::uuid[]) ORDER BY id FOR UPDATE
+    SELECT id, last_seq, is_active, permissions FROM conversations WHERE id = ANY($14::uuid[]) ORDER BY id FOR UPDATE
 ), room AS MATERIALIZED (
-    SELECT id, last_seq, is_active,
+    SELECT id, last_seq, is_active, permissions ->> 'send' AS send_role,
         last_seq = (SELECT seen.last_seq FROM conversations seen WHERE seen.id = locked.id) AS is_current
     FROM locked
 ), numbered AS MATERIALIZED (
@@ -142,11 +146,13 @@ WITH draft AS MATERIALIZED (
         SELECT d.*, room.last_seq,
             earlier.id AS earlier_id, earlier.seq AS earlier_seq, earlier.sent_at AS earlier_sent_at,
             CASE
-                WHEN earlier.id IS NOT NULL THEN CASE WHEN earlier.content_sha256 = d.content_sha256 THEN 1 ELSE 2 END
+                WHEN earlier.id IS NOT NULL THEN CASE WHEN earlier.draft_sha256 = d.content_sha256 THEN 1 ELSE 2 END
                 WHEN room.id IS NULL THEN 3
                 WHEN room.is_current IS NOT TRUE THEN 5
                 WHEN member.is_active IS NOT TRUE THEN 3
                 WHEN NOT room.is_active THEN 4
+                WHEN room.send_role <> 'member' AND member.role <> 'owner' AND member.role <> room.send_role THEN 7
+                WHEN d.reply_to_id IS NOT NULL AND target.seq IS NULL THEN 6
                 ELSE 0
             END AS outcome
         FROM draft d
@@ -154,16 +160,22 @@ WITH draft AS MATERIALIZED (
         LEFT JOIN LATERAL (
             -- is_active is judged outside: inside it would invite the index by user, a walk through all of a person's
             -- conversations.
-            SELECT m.is_active FROM conversation_members m
+            SELECT m.is_active, m.role, m.floor_seq FROM conversation_members m
             WHERE m.conversation_id = d.conversation_id AND m.user_id = d.sender_id
             LIMIT 1
         ) member ON true
         LEFT JOIN LATERAL (
-            SELECT e.id, e.seq, e.sent_at, e.content_sha256 FROM messages e
+            SELECT e.id, e.seq, e.sent_at, coalesce(e.draft_sha256, e.content_sha256) AS draft_sha256 FROM messages e
             WHERE e.conversation_id = d.conversation_id AND e.sender_device_id = d.sender_device_id
                 AND e.client_id = d.client_id
             LIMIT 1
         ) earlier ON true
+        LEFT JOIN LATERAL (
+            SELECT t.seq FROM messages t
+            WHERE d.reply_to_id IS NOT NULL AND t.conversation_id = d.conversation_id AND t.id = d.reply_to_id
+                AND t.seq > member.floor_seq
+            LIMIT 1
+        ) target ON true
     ) judged
 ), span AS MATERIALIZED (
     SELECT conversation_id, min(seq) AS first_seq, max(seq) AS last_seq
@@ -171,13 +183,14 @@ WITH draft AS MATERIALIZED (
 ), stored AS (
     INSERT INTO messages (
         conversation_id, seq, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256,
-        signature, reply_to_id, media_ids, expires_in, sent_at
+        signature, reply_to_id, media_ids, expires_in, expires_from_read, expires_at, sent_at
     )
     SELECT conversation_id, seq, id, sender_id, sender_device_id, client_id, message_type, content, content_sha256,
-        signature, reply_to_id, media_ids::uuid[], expires_in, $14::timestamptz
+        signature, reply_to_id, media_ids::uuid[], expires_in, expires_from_read,
+        CASE WHEN NOT expires_from_read THEN $15::timestamptz + make_interval(secs => expires_in) END, $15
     FROM numbered WHERE outcome = 0
 ), moved AS (
-    UPDATE conversations c SET last_seq = span.last_seq, updated_at = $14 FROM span WHERE c.id = span.conversation_id
+    UPDATE conversations c SET last_seq = span.last_seq, updated_at = $15 FROM span WHERE c.id = span.conversation_id
 ), announced AS (
     -- One row for the whole batch: a row per message would cost as much as the message itself.
     INSERT INTO outbox (topic, key, payload)
@@ -186,23 +199,34 @@ WITH draft AS MATERIALIZED (
             'conversation_id', conversation_id, 'first_seq', first_seq, 'last_seq', last_seq
         )))
     FROM span HAVING count(*) > 0
+), pictured AS (
+    INSERT INTO message_media (media_id, conversation_id, message_id, sender_id, seq)
+    SELECT unnest(media_ids::uuid[]), conversation_id, id, sender_id, seq
+    FROM numbered WHERE outcome = 0 AND media_ids IS NOT NULL
+    ON CONFLICT DO NOTHING
+), linked AS (
+    INSERT INTO outbox (topic, key, payload)
+    SELECT 'media_linked', min(id::text), jsonb_build_object('links', jsonb_agg(jsonb_build_object(
+        'message_id', id, 'conversation_id', conversation_id, 'sender_id', sender_id, 'media_ids', media_ids::uuid[]
+    )))
+    FROM numbered WHERE outcome = 0 AND media_ids IS NOT NULL HAVING count(*) > 0
 )
-SELECT outcome, coalesce(earlier_id, id), coalesce(earlier_seq, seq, 0), coalesce(earlier_sent_at, $14)
+SELECT outcome, coalesce(earlier_id, id), coalesce(earlier_seq, seq, 0), coalesce(earlier_sent_at, $15)
 FROM numbered ORDER BY ord
 """
 
 
 async def find_sent(
     connection: Connection, conversation_id: UUID, sender_device_id: UUID, client_id: UUID
-) -> Message | None:
-    """The stored message with this client id, in its present state."""
+) -> tuple[Message, bytes] | None:
+    """The stored message with this client id, in its present state, and the digest of what was first sent under it."""
     record = await connection.fetchrow(
-        f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE conversation_id = $1 AND sender_device_id = $2 AND client_id = $3",
+        f"SELECT {MESSAGE_COLUMNS}, coalesce(draft_sha256, content_sha256) AS first_sha256 FROM messages WHERE conversation_id = $1 AND sender_device_id = $2 AND client_id = $3",
         conversation_id,
         sender_device_id,
         client_id,
     )
-    return None if record is None else message_from(record)
+    return None if record is None else (message_from(record), record["first_sha256"])
 
 
 def _uuid_array(ids: Sequence[UUID]) -> str | None:
