@@ -27,7 +27,7 @@ from whispr.services.messaging.models import (
 from whispr.services.messaging.service import receipts as module
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.receipts import Receipts
-from whispr.services.messaging.store import conversations, history, members
+from whispr.services.messaging.store import conversations, members, opening
 
 
 async def pair(stack: Stack) -> tuple[Door, Door, str]:
@@ -181,8 +181,8 @@ class Room:
 
     async def cursor(self, db: Database, device_id: UUID) -> int | None:
         async with db.connection() as connection:
-            behind = await history.undelivered_heads(
-                connection, self.memberships[0].user_id, device_id, 10**6, UUID(int=0), 10
+            [behind] = await opening.undelivered_heads(
+                connection, [(self.memberships[0].user_id, device_id, UUID(int=0))], 10**6, 10
             )
         return next((from_seq for found, from_seq, _, _ in behind if found == self.id), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from uuid import UUID
 
+from whispr.kit.batching import Batcher
 from whispr.kit.db import Connection, Database
 from whispr.services.messaging.models import (
     CommittedEvent,
@@ -13,13 +14,14 @@ from whispr.services.messaging.models import (
     MessagesPage,
     UndeliveredPage,
 )
-from whispr.services.messaging.store import conversations, members
+from whispr.services.messaging.store import conversations, members, opening
 from whispr.services.messaging.store import history as store
 
 NEW_DEVICE_WINDOW = 200
 """How many of the newest events of a conversation are pushed to a device that is new in it."""
 
 _FIRST = UUID(int=0)
+_CONVERSATIONS_AT_ONCE = 100
 
 
 class History:
@@ -28,6 +30,7 @@ class History:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._epoch: UUID | None = None
+        self._devices_behind = Batcher(self._find_undelivered)
 
     async def epoch(self) -> UUID:
         """The id of the database's incarnation; cursors of another one are not recovered."""
@@ -95,18 +98,23 @@ class History:
         """
         after = _FIRST
         while True:
-            async with self._db.connection() as connection:
-                behind = await store.undelivered_heads(
-                    connection, user_id, device_id, NEW_DEVICE_WINDOW, after, limit=100
-                )
+            behind = await self._devices_behind.ask((user_id, device_id, after))
             for conversation_id, from_seq, head_seq, truncated in behind:
                 async for page in self._undelivered_of(
                     conversation_id, user_id, from_seq, head_seq, truncated, limit
                 ):
                     yield page
-            if not behind:
+            if len(behind) < _CONVERSATIONS_AT_ONCE:
                 return
             after = behind[-1][0]
+
+    async def _find_undelivered(
+        self, asked: list[tuple[UUID, UUID, UUID]]
+    ) -> list[list[tuple[UUID, int, int, bool]]]:
+        async with self._db.connection() as connection:
+            return await opening.undelivered_heads(
+                connection, asked, NEW_DEVICE_WINDOW, _CONVERSATIONS_AT_ONCE
+            )
 
     async def _undelivered_of(
         self, conversation_id: UUID, user_id: UUID, from_seq: int, head_seq: int, truncated: bool, limit: int

@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final
 from uuid import UUID
 
+from whispr.kit.batching import Batcher
 from whispr.kit.cache import LOST_CACHE, Cache
 from whispr.kit.telemetry import get_logger
 
@@ -20,6 +21,7 @@ class LastSeen:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self._asking = Batcher(self._load)
 
     async def note(self, user_id: UUID, at: float) -> None:
         """The person's last device has gone at `at` (epoch seconds)."""
@@ -30,19 +32,23 @@ class LastSeen:
 
     async def of(self, user_ids: Collection[UUID]) -> Mapping[UUID, datetime]:
         """Those that are known."""
-        ids = list(user_ids)
-        if not ids:
+        if not user_ids:
             return {}
         try:
-            values = await self._cache.client.mget([_key(user_id) for user_id in ids])
+            return await self._asking.ask(list(user_ids))
         except LOST_CACHE as error:
             log.warning("last_seen_unknown", error=type(error).__name__)
             return {}
-        return {
+
+    async def _load(self, asked: list[list[UUID]]) -> list[dict[UUID, datetime]]:
+        ids = list({user_id for user_ids in asked for user_id in user_ids})
+        values = await self._cache.client.mget([_key(user_id) for user_id in ids])
+        known = {
             user_id: datetime.fromtimestamp(int(value), UTC)
             for user_id, value in zip(ids, values, strict=True)
             if value is not None
         }
+        return [{user_id: known[user_id] for user_id in user_ids if user_id in known} for user_ids in asked]
 
 
 def _key(user_id: UUID) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from uuid import UUID
 
 import msgspec
 
-from whispr.kit.db import Database
+from whispr.kit.batching import Batcher
+from whispr.kit.db import Connection, Database
 from whispr.services.messaging.models import (
+    CommittedEvent,
     ConversationNotFound,
     EventsPage,
     Membership,
@@ -17,7 +20,8 @@ from whispr.services.messaging.models import (
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.privacy import ReadReceipts
-from whispr.services.messaging.store import members as store
+from whispr.services.messaging.store import opening as store
+from whispr.services.messaging.store.history import log
 
 RECOVERED_EVENTS = 200
 """How much of what was missed a join brings; the rest is fetched with `sync`."""
@@ -49,6 +53,21 @@ class Opening(msgspec.Struct, frozen=True):
     member_ids: frozenset[UUID]
 
 
+class _Door(msgspec.Struct, frozen=True, gc=False):
+    conversation_id: UUID
+    user_id: UUID
+    seq: int | None
+
+
+class _Inside(msgspec.Struct, frozen=True):
+    membership: Membership
+    head: int
+    after: int
+    recovered: bool
+    events: list[CommittedEvent]
+    members: list[MemberView] | None
+
+
 class Openings:
     """Reads what a join answers with. Membership comes from PostgreSQL, never from a cache."""
 
@@ -59,6 +78,7 @@ class Openings:
         self._directory = directory
         self._history = history
         self._read_receipts = read_receipts
+        self._doors = Batcher(self._look)
 
     async def membership(self, conversation_id: UUID, user_id: UUID) -> Membership:
         """Raises `NotAMember`, also when there is no such conversation."""
@@ -69,24 +89,45 @@ class Openings:
 
     async def open(self, conversation_id: UUID, user_id: UUID, cursor: Cursor | None) -> Opening:
         """Raises `NotAMember`, also when there is no such conversation."""
-        membership = await self.membership(conversation_id, user_id)
-        page, recovered = await self._page(membership, cursor)
-        conversation = await self._directory.get(conversation_id)
-        members = None
-        if len(conversation.members) <= SMALL_GROUP:
-            async with self._db.connection() as connection:
-                rows = await store.list_active(connection, [conversation_id])
-            members = await self._read_receipts.mask([row.view() for row in rows], user_id)
-        return Opening(membership, page, recovered, members, frozenset(conversation.members))
+        epoch = await self._history.epoch()
+        seq = cursor.seq if cursor is not None and cursor.epoch == epoch else None
+        inside = await self._doors.ask(_Door(conversation_id, user_id, seq))
+        if inside is None:
+            raise NotAMember
+        last = inside.events[-1].seq if inside.events else inside.after
+        page = EventsPage(epoch, inside.events, inside.head, more=last < inside.head)
+        if inside.members is None:
+            # A large group: the ids are enough, and a cache may have them; what is allowed was read just now.
+            conversation = await self._directory.get(conversation_id)
+            return Opening(inside.membership, page, inside.recovered, None, frozenset(conversation.members))
+        members = await self._read_receipts.mask(inside.members, user_id)
+        ids = frozenset(member.user_id for member in members)
+        return Opening(inside.membership, page, inside.recovered, members, ids)
 
-    async def _page(self, membership: Membership, cursor: Cursor | None) -> tuple[EventsPage, bool]:
-        if cursor is not None and cursor.epoch == await self._history.epoch():
-            page = await self._history.events(membership, after_seq=cursor.seq, limit=RECOVERED_EVENTS)
-            # A cursor ahead of the log is from a life of this database that a backup has undone.
-            if cursor.seq <= page.head_seq:
-                return page, True
-        head = (await self._history.heads([membership.conversation_id])).get(membership.conversation_id, 0)
-        newest = max(0, head - NEWEST_EVENTS)
-        return await self._history.events(
-            membership, after_seq=newest, until_seq=head, limit=NEWEST_EVENTS
-        ), False
+    async def _look(self, doors: list[_Door]) -> list[_Inside | None]:
+        async with self._db.connection() as connection:
+            asked = [(door.conversation_id, door.user_id) for door in doors]
+            # The head is read first: everything up to it is committed, so no page has a hole that fills up later.
+            found = await store.memberships(connection, asked)
+            known = {membership.conversation_id for membership, _ in filter(None, found)}
+            rooms = await store.small_rooms(connection, known, SMALL_GROUP) if known else {}
+            return [
+                None if place is None else await self._inside(connection, door, *place, rooms)
+                for door, place in zip(doors, found, strict=True)
+            ]
+
+    async def _inside(
+        self,
+        connection: Connection,
+        door: _Door,
+        membership: Membership,
+        head: int,
+        rooms: Mapping[UUID, list[MemberView]],
+    ) -> _Inside:
+        # A cursor ahead of the log is from a life of this database that a backup has undone.
+        recovered = door.seq is not None and door.seq <= head
+        after = door.seq if door.seq is not None and recovered else head - NEWEST_EVENTS
+        after = max(after, membership.floor_seq)
+        limit = RECOVERED_EVENTS if recovered else NEWEST_EVENTS
+        events = await log(connection, door.conversation_id, after, head, limit) if after < head else []
+        return _Inside(membership, head, after, recovered, events, rooms.get(door.conversation_id))

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.kit.batching import Batcher
 from whispr.kit.cache import Cache
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure
@@ -50,7 +51,8 @@ class ReadReceipts:
     MAX_PEOPLE = 200_000
 
     def __init__(self, profiles: Profiles, cache: Cache, clock: Clock) -> None:
-        self._profiles = profiles
+        self._profiles = Batcher(self._fetch)
+        self._source = profiles
         self._cache = cache
         self._clock = clock
         self._shown: OrderedDict[UUID, tuple[bool, float]] = OrderedDict()
@@ -83,11 +85,18 @@ class ReadReceipts:
         return shown and until > now
 
     async def _ask(self, user_ids: list[UUID], now: float) -> None:
-        for profile in await self._profiles.get_profiles(user_ids):
-            self._shown[profile.user_id] = (profile.read_receipts, now + self.TTL)
-            self._shown.move_to_end(profile.user_id)
+        for user_id, shown in (await self._profiles.ask(user_ids)).items():
+            self._shown[user_id] = (shown, now + self.TTL)
+            self._shown.move_to_end(user_id)
         while len(self._shown) > self.MAX_PEOPLE:
             self._shown.popitem(last=False)
+
+    async def _fetch(self, asked: list[list[UUID]]) -> list[dict[UUID, bool]]:
+        wanted = list(dict.fromkeys(user_id for user_ids in asked for user_id in user_ids))
+        shown = {
+            profile.user_id: profile.read_receipts for profile in await self._source.get_profiles(wanted)
+        }
+        return [{user_id: shown[user_id] for user_id in user_ids if user_id in shown} for user_ids in asked]
 
     def _on_hint(self, data: bytes) -> None:
         try:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
+from whispr.kit.batching import Batcher
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure, Kind, Unavailable
 
@@ -50,6 +51,7 @@ class ReadThrough(Generic[K, V]):
         chunk: int = 1_000,
     ) -> None:
         self._fetch = fetch
+        self._asking: Batcher[list[K], Mapping[K, V]] = Batcher(self._fetch_together)
         self._clock = clock
         self._lifetime = lifetime
         self._grace = grace
@@ -127,7 +129,7 @@ class ReadThrough(Generic[K, V]):
         for key in keys:
             self._loading[key] = done
         try:
-            values = await self._fetch(keys)
+            values = await self._asking.ask(keys)
         except Failure as failure:
             error = None if failure.kind is Kind.UNAVAILABLE and self._extend(keys) else failure
         except BaseException:
@@ -146,6 +148,11 @@ class ReadThrough(Generic[K, V]):
             done.set_exception(error)
             raise error
         done.set_result(None)
+
+    async def _fetch_together(self, asked: list[list[K]]) -> list[Mapping[K, V]]:
+        # No two of the lists have a key in common: what is being asked for is waited for.
+        values = await self._fetch([key for keys in asked for key in keys])
+        return [values] * len(asked)
 
     def _keep(self, keys: Collection[K], values: Mapping[K, V]) -> None:
         now = self._clock.time()

@@ -116,41 +116,6 @@ async def find_message(connection: Connection, message_id: UUID) -> Message | No
     return message_from(record) if record else None
 
 
-async def undelivered_heads(
-    connection: Connection,
-    user_id: UUID,
-    device_id: UUID,
-    new_device_window: int,
-    after: UUID,
-    limit: int,
-) -> list[tuple[UUID, int, int, bool]]:
-    """Conversations with events the device has not acknowledged: id, last acknowledged `seq`, head, truncated.
-
-    In the order of their ids, from `after`. A device without a cursor starts `new_device_window` events back.
-    """
-    records = await connection.fetch(
-        """
-        SELECT * FROM (
-            SELECT c.id, c.last_seq,
-                   GREATEST(m.floor_seq, COALESCE(d.delivered_seq, c.last_seq - $3)) AS from_seq,
-                   d.delivered_seq IS NULL AND c.last_seq - $3 > m.floor_seq AS truncated
-            FROM conversation_members m
-            JOIN conversations c ON c.id = m.conversation_id
-            LEFT JOIN device_cursors d ON d.device_id = $2 AND d.conversation_id = c.id
-            WHERE m.user_id = $1 AND m.is_active
-        ) AS behind
-        WHERE last_seq > from_seq AND id > $4
-        ORDER BY id LIMIT $5
-        """,
-        user_id,
-        device_id,
-        new_device_window,
-        after,
-        limit,
-    )
-    return [(record["id"], record["from_seq"], record["last_seq"], record["truncated"]) for record in records]
-
-
 async def message_status(
     connection: Connection, conversation_id: UUID, seq: int, sender_id: UUID
 ) -> list[RecipientStatus]:
