@@ -18,6 +18,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.kit.batching import Batcher
 from whispr.kit.cache import LOST_CACHE, Cache
 from whispr.kit.channels.channel import Channel
 from whispr.kit.channels.presence_store import Changes, Entry, PresenceStore
@@ -112,6 +113,8 @@ class Presence:
         self.node = f"{(node_id or 'node').replace('.', '-')}-{secrets.token_hex(4)}"
         self._store = PresenceStore(cache, self.node, ttl)
         self._stop_listening = self._store.listen(self._hear)
+        self._loads = Batcher(self._load_together, largest=500)
+        self._occupied = Batcher(self._occupied_together, largest=500)
         self._clock = clock
         self._ttl = ttl
         self._interval = interval
@@ -230,7 +233,7 @@ class Presence:
         here = {topic for topic in topics if (record := self._topics.get(topic)) and record.entries}
         elsewhere: set[str] = set()
         try:
-            elsewhere = await self._store.occupied([topic for topic in topics if topic not in here])
+            elsewhere = await self._occupied.ask([topic for topic in topics if topic not in here])
         except LOST_CACHE:
             log.warning("presence_store_lost", during="online")
         return {topics[topic] for topic in here | elsewhere}
@@ -343,7 +346,7 @@ class Presence:
             readings[topic] = record, since
         loaded: dict[str, list[Entry]] = {}
         try:
-            loaded = await self._store.load(topics) if topics else {}
+            loaded = await self._loads.ask(topics) if topics else {}
         except LOST_CACHE as error:
             self._behind = True
             log.warning("presence_store_lost", during="load", error=type(error).__name__)
@@ -357,6 +360,14 @@ class Presence:
                 record.known = True
                 self._settle(record, entries, since, diffs.setdefault(topic, _Diff()))
         self._tell(diffs)
+
+    async def _load_together(self, asked: list[list[str]]) -> list[dict[str, list[Entry]]]:
+        loaded = await self._store.load(list({topic for topics in asked for topic in topics}))
+        return [{topic: loaded[topic] for topic in topics} for topics in asked]
+
+    async def _occupied_together(self, asked: list[list[str]]) -> list[set[str]]:
+        occupied = await self._store.occupied(list({topic for topics in asked for topic in topics}))
+        return [occupied.intersection(topics) for topics in asked]
 
     def _settle(self, record: _Topic, entries: list[Entry], since: _Changes, diff: _Diff) -> None:
         """Make `record` what was read, and what has changed since."""
