@@ -25,27 +25,49 @@ class Keys:
     identity: DeviceIdentity
     signed_prekey: tuple[int, bytes, bytes]
     one_time: list[tuple[int, bytes]]
+    pq_last_resort: tuple[int, bytes, bytes] | None = None
+    pq_one_time: list[tuple[int, bytes, bytes]] = field(default_factory=list)
 
 
 class Party:
     """One device: its engine and a way to send and receive."""
 
-    def __init__(self, world: World, user_id: UUID, device_id: UUID, one_time_keys: int = 5) -> None:
+    def __init__(
+        self,
+        world: World,
+        user_id: UUID,
+        device_id: UUID,
+        one_time_keys: int = 5,
+        *,
+        post_quantum: bool = True,
+        require_post_quantum: bool = False,
+    ) -> None:
         self.world = world
         self.user_id, self.device_id = user_id, device_id
         self.store = Store()
         self.identity = DeviceIdentity.generate()
-        self.engine = Engine(self.store, self.identity, user_id, device_id, lambda: world.time)
-        self.publish(one_time_keys)
+        self.engine = Engine(
+            self.store,
+            self.identity,
+            user_id,
+            device_id,
+            lambda: world.time,
+            require_post_quantum=require_post_quantum,
+        )
+        self.publish(one_time_keys, post_quantum=post_quantum)
 
-    def publish(self, one_time_keys: int) -> None:
+    def publish(self, one_time_keys: int, *, post_quantum: bool = True) -> None:
         with self.store.transaction():
             signed = self.engine.prekeys.current()
             made = self.engine.prekeys.generate(one_time_keys)
+            last_resort = self.engine.prekeys.last_resort()
+            made_pq = self.engine.prekeys.generate_post_quantum(min(one_time_keys, 2)) if post_quantum else []
         self.world.keys[self.device_id] = Keys(
             self.identity,
             (signed.key_id, signed.public_key, signed.signature),
             [(key["key_id"], decode_base64(key["public_key"])) for key in made],
+            (last_resort.key_id, last_resort.public_key, last_resort.signature) if post_quantum else None,
+            [(k["key_id"], decode_base64(k["public_key"]), decode_base64(k["signature"])) for k in made_pq],
         )
 
     def knows(self, *others: Party) -> list[KnownDevice]:
@@ -153,10 +175,14 @@ class World:
     time: float = 1_800_000_000.0
 
     def party(
-        self, user_id: UUID | None = None, device_id: UUID | None = None, one_time_keys: int = 5
+        self,
+        user_id: UUID | None = None,
+        device_id: UUID | None = None,
+        one_time_keys: int = 5,
+        **options: bool,
     ) -> Party:
         """A new device; with the id of an existing one, that device reinstalled."""
-        party = Party(self, user_id or uuid4(), device_id or uuid4(), one_time_keys)
+        party = Party(self, user_id or uuid4(), device_id or uuid4(), one_time_keys, **options)
         self.parties[party.device_id] = party
         return party
 
@@ -168,10 +194,12 @@ class World:
             claim = (keys.identity.identity_key, one_time[0])
             assert claim not in self.claimed
             self.claimed.append(claim)
+        pq = keys.pq_one_time.pop(0) if keys.pq_one_time else keys.pq_last_resort or (None, None, None)
         return PrekeyBundle(
             keys.identity.registration_id,
             keys.identity.identity_key,
             keys.identity.signing_key,
             *keys.signed_prekey,
             *one_time,
+            *pq,
         )

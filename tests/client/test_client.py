@@ -20,7 +20,7 @@ from rich.console import Console
 from tests.stack import PASSWORD, Stack
 from whispr.client import ApiError, Unreachable, WhisprClient, demo
 from whispr.client.backoff import Backoff
-from whispr.client.crypto.prekeys import ROTATE_AFTER, STOCK
+from whispr.client.crypto.prekeys import LOW, PQ_STOCK, ROTATE_AFTER, STOCK
 from whispr.client.events import ChatMessage, ConversationEvent, Notice
 from whispr.client.socket import SocketOptions
 from whispr.client.store import KdfCost, Store
@@ -482,16 +482,27 @@ async def test_prekeys_are_refilled_and_the_signed_one_rotated(people: People) -
     ada = await people.new()
     counts = await ada.client.rest.key_counts()
     assert counts["one_time_prekeys"] == STOCK
-    first_signed = ada.client.engine.prekeys.current().key_id
-    people.stack.clock.advance(ROTATE_AFTER + 1)
-    await ada.client.account.tend_prekeys(ada.client.engine.prekeys, low=True)
+    prekeys = ada.client.engine.prekeys
+    await ada.client.account.tend_prekeys(prekeys)
     counts = await ada.client.rest.key_counts()
-    assert counts["one_time_prekeys"] == 2 * STOCK
-    assert ada.client.engine.prekeys.current().key_id > first_signed
+    assert counts["pq_one_time_prekeys"] == PQ_STOCK
+    assert counts["pq_last_resort_prekey_id"] == prekeys.last_resort().key_id
+    first_signed, first_last_resort = prekeys.current().key_id, prekeys.last_resort().key_id
     ben = await people.new()
+    for _ in range(STOCK - LOW + 1):
+        await ben.client.rest.device_keys(ada.client.user_id, ada.client.device_id)
+    people.stack.clock.advance(ROTATE_AFTER + 1)
+    await ada.client.account.tend_prekeys(prekeys)
+    counts = await ada.client.rest.key_counts()
+    assert counts["one_time_prekeys"] == STOCK + LOW - 1
+    assert counts["pq_one_time_prekeys"] >= PQ_STOCK  # the notice may have led to an upload before
+    assert prekeys.current().key_id > first_signed
+    assert counts["pq_last_resort_prekey_id"] == prekeys.last_resort().key_id > first_last_resort
     conversation = await ben.client.direct(ada.client.user_id)
     await ben.client.send_text(conversation, "with the new key")
     await ada.hears("with the new key")
+    assert ben.client.engine.sessions.post_quantum(ada.client.device_id)
+    assert ada.client.engine.sessions.post_quantum(ben.client.device_id)
 
 
 async def test_a_registration_whose_answer_is_lost_is_finished_by_trying_again(stack: Stack) -> None:

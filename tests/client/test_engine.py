@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.client.parties import Party, Sent, World
-from whispr.client.crypto.engine import DistributionNeeded, Payload, UnknownSender
+from whispr.client.crypto.engine import MAX_CONTENT, DistributionNeeded, Payload, UnknownSender
 from whispr.client.crypto.padding import BLOCK, pad, unpad
 from whispr.client.crypto.prekeys import KEEP_OLD, ROTATE_AFTER
 from whispr.client.crypto.sender_keys import MAX_AGE
+from whispr.client.crypto.sessions import PQXDH, X3DH, Handshake, PairwiseMessage
+from whispr.client.crypto.signing import canonical_json
 from whispr.client.encoding import decode_base64, encode_base64
-from whispr.client.failures import TooManyDevices, Undecryptable
+from whispr.client.failures import BadBundle, TooManyDevices, Undecryptable
 from whispr.client.models import Content, Envelope
 
 
@@ -186,6 +188,116 @@ def test_padding_hides_lengths() -> None:
         unpad(bytes(160))
 
 
+# Post-quantum
+
+
+def test_a_post_quantum_one_time_key_serves_once_and_the_last_resort_always() -> None:
+    world = World()
+    bob = world.party(one_time_keys=1)
+    senders = [world.party() for _ in range(3)]
+    sent = [sender.text(str(n), bob) for n, sender in enumerate(senders)]
+    last_resort = bob.engine.prekeys.last_resort().key_id
+    used = [handshake_of(s, bob) for s in sent]
+    assert [h.version for h in used] == [PQXDH] * 3
+    assert [h.pq_prekey_id for h in used] == [last_resort + 1, last_resort, last_resort]
+    assert [bob.read(s) for s in sent] == ["0", "1", "2"]
+    assert bob.engine.prekeys.post_quantum(last_resort + 1) is None
+    assert bob.engine.prekeys.post_quantum(last_resort) is not None
+    assert all(s.engine.sessions.post_quantum(bob.device_id) for s in senders)
+    assert all(bob.engine.sessions.post_quantum(s.device_id) for s in senders)
+
+
+def test_a_device_without_post_quantum_keys_is_served_unless_they_are_required() -> None:
+    world = World()
+    old = world.party(post_quantum=False)
+    alice, strict = world.party(), world.party(require_post_quantum=True)
+    sent = alice.text("as before", old)
+    assert (handshake_of(sent, old).version, handshake_of(sent, old).kem_ciphertext) == (X3DH, None)
+    assert old.read(sent) == "as before"
+    assert not alice.engine.sessions.post_quantum(old.device_id)
+    with pytest.raises(BadBundle):
+        strict.text("not without", old)
+    assert strict.read(old.text("they offered one", strict)) == "they offered one"
+    # A server that hides the strict device's KEM keys gets nothing opened.
+    world.keys[strict.device_id].pq_last_resort = None
+    world.keys[strict.device_id].pq_one_time = []
+    with pytest.raises(Undecryptable) as refused:
+        strict.read(alice.text("downgraded", strict))
+    assert refused.value.reason == "not_post_quantum"
+
+
+def test_a_session_from_before_post_quantum_goes_on() -> None:
+    """Its stored handshake and its messages have six fields and no version."""
+    world = World()
+    alice, bob = world.party(), world.party(post_quantum=False)
+    first = alice.text("first", bob)
+    envelope = first.sealed.content["envelopes"][str(bob.device_id)]
+    message, handshake = msgspec.msgpack.decode(decode_base64(envelope["body"]))
+    first.sealed.content["envelopes"][str(bob.device_id)]["body"] = encode_base64(
+        msgspec.msgpack.encode([message, handshake[:6]])
+    )
+    resigned = msgspec.structs.replace(
+        first.sealed,
+        signature=alice.engine.sign(world.conversation_id, first.client_id, first.sealed.content),
+    )
+    assert bob.read(Sent(alice, first.client_id, resigned)) == "first"
+    raw = msgspec.msgpack.decode(alice.store.get("sessions", str(bob.device_id)) or b"")
+    raw[0]["handshake"] = raw[0]["handshake"][:6]
+    del raw[0]["post_quantum"]
+    with alice.store.transaction():
+        alice.store.save("sessions", str(bob.device_id), raw)
+    assert bob.read(alice.text("second", bob)) == "second"
+    assert alice.read(bob.text("reply", alice)) == "reply"
+
+
+def test_post_quantum_keys_rotate_and_old_ones_open_what_was_on_its_way() -> None:
+    world = World()
+    alice, carol, bob = world.party(), world.party(), world.party(one_time_keys=0)
+    early, too_late = alice.text("early", bob), carol.text("too late", bob)
+    first = bob.engine.prekeys.last_resort().key_id
+    world.time += ROTATE_AFTER + 1
+    with bob.store.transaction():
+        assert bob.engine.prekeys.rotate_last_resort().key_id > first
+    assert bob.read(early) == "early"
+    world.time += KEEP_OLD + 1
+    with bob.store.transaction():
+        bob.engine.prekeys.rotate_last_resort()
+    with pytest.raises(Undecryptable) as refused:
+        bob.read(too_late)
+    assert refused.value.reason == "unknown_prekey"
+
+
+def test_unknown_versions_of_the_agreement_and_half_of_one_are_refused() -> None:
+    world = World()
+    alice, bob = world.party(), world.party()
+    sent = alice.text("fine", bob)
+    envelope = sent.sealed.content["envelopes"][str(bob.device_id)]
+    message, handshake = msgspec.msgpack.decode(decode_base64(envelope["body"]))
+    for bad in (
+        [*handshake[:6], 3, *handshake[7:]],
+        handshake[:8],
+        [*handshake[:6], X3DH],
+        [*handshake[:8], b""],
+    ):
+        body = encode_base64(msgspec.msgpack.encode([message, bad]))
+        content = {"envelopes": {str(bob.device_id): {**envelope, "body": body}}}
+        sealed = msgspec.structs.replace(
+            sent.sealed,
+            content=content,
+            signature=alice.engine.sign(world.conversation_id, sent.client_id, content),
+        )
+        with pytest.raises(Undecryptable):
+            bob.read(Sent(alice, sent.client_id, sealed))
+    assert bob.read(sent) == "fine"
+
+
+def handshake_of(sent: Sent, recipient: Party) -> Handshake:
+    body = sent.sealed.content["envelopes"][str(recipient.device_id)]["body"]
+    handshake = PairwiseMessage.parse(decode_base64(body)).handshake
+    assert handshake is not None
+    return handshake
+
+
 # Groups
 
 
@@ -298,6 +410,22 @@ def test_long_texts_go_as_one_shared_ciphertext_once_everybody_holds_the_key() -
     swapped = msgspec.structs.replace(sent.message_for(others[0].device_id), content=Content("AAAA"))
     with pytest.raises(Undecryptable):
         others[0].engine.open(swapped)
+
+
+def test_a_sender_key_reaches_more_devices_than_one_message_can_carry_it_to() -> None:
+    world = World()
+    alice = world.party()
+    others = [world.party(one_time_keys=1) for _ in range(60)]
+    with pytest.raises(DistributionNeeded):
+        alice.seal(Payload("text", "to all"), *others, group=True)
+    key = alice.seal(Payload("sender_key"), *others, group=True)
+    assert len(canonical_json(key.sealed.content)) <= MAX_CONTENT
+    assert len(key.types) == len(others)
+    alice.confirm(key)
+    assert {party.open(key).kind for party in others} == {"sender_key"}
+    sent = alice.seal(Payload("text", "to all"), *others, group=True)
+    assert set(sent.types.values()) == {"sender_key", "prekey"}
+    assert [party.read(sent) for party in others] == ["to all"] * 60
 
 
 def test_more_devices_than_one_message_can_carry_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 from uuid import uuid4
 
 import msgspec
 
 from whispr.client.crypto.identity import DeviceIdentity
-from whispr.client.crypto.prekeys import LOW, STOCK, PrekeyStock, published
+from whispr.client.crypto.prekeys import LOW, PQ_STOCK, STOCK, PrekeyStock, published
 from whispr.client.failures import ClientError
 from whispr.client.models import Session
 from whispr.client.rest import RestClient
@@ -27,6 +28,15 @@ class _Entry(msgspec.Struct):
     device: dict[str, Any]
 
 
+class _Upload(msgspec.Struct):
+    """Public halves on their way to the server."""
+
+    signed: dict[str, Any]
+    one_time: list[dict[str, Any]]
+    pq_last_resort: dict[str, Any] | None = None
+    pq_one_time: list[dict[str, Any]] = []
+
+
 class AlreadyRegistered(ClientError):
     """This store belongs to a device already."""
 
@@ -38,6 +48,8 @@ class Account:
         self._store = store
         self._rest = rest
         self._now = now
+        # Two uploads at once would each keep its own keys and forget the other's.
+        self._tending = asyncio.Lock()
 
     @property
     def session(self) -> Session | None:
@@ -70,23 +82,38 @@ class Account:
             self._store.delete(_SPACE, "entry")
         return session
 
-    async def tend_prekeys(self, prekeys: PrekeyStock, *, low: bool = False) -> None:
-        """Finish an interrupted upload, rotate the signed prekey when due, and fill up when stock is `low`."""
-        upload = self._store.load(_SPACE, "upload", dict[str, Any])
-        if upload is None:
-            if not low:
-                counts = await self._rest.key_counts()
-                low = counts.get("one_time_prekeys", 0) < LOW
-            if not low and not prekeys.due():
+    async def tend_prekeys(self, prekeys: PrekeyStock) -> None:
+        """Finish an interrupted upload, rotate the lasting prekeys when due, and fill up what is low."""
+        async with self._tending:
+            upload = self._store.load(_SPACE, "upload", _Upload)
+            if upload is None:
+                upload = self._next_upload(prekeys, await self._rest.key_counts())
+            if upload is None:
                 return
+            await self._rest.upload_keys(
+                upload.signed, upload.one_time, upload.pq_last_resort, upload.pq_one_time
+            )
             with self._store.transaction():
-                signed = prekeys.rotate() if prekeys.due() else prekeys.current()
-                upload = {"signed": published(signed), "one_time": prekeys.generate(STOCK if low else 0)}
-                # Kept before it is sent: what the server may hand out, this device must be able to answer.
-                self._store.save(_SPACE, "upload", upload)
-        await self._rest.upload_keys(upload["signed"], upload["one_time"])
+                self._store.delete(_SPACE, "upload")
+
+    def _next_upload(self, prekeys: PrekeyStock, counts: Mapping[str, Any]) -> _Upload | None:
+        ec = STOCK if counts.get("one_time_prekeys", 0) < LOW else 0
+        pq = PQ_STOCK if counts.get("pq_one_time_prekeys", 0) < LOW else 0
+        if not (ec or pq or prekeys.due() or counts.get("pq_last_resort_prekey_id") is None):
+            return None
         with self._store.transaction():
-            self._store.delete(_SPACE, "upload")
+            if prekeys.due():
+                prekeys.rotate()
+                prekeys.rotate_last_resort()
+            upload = _Upload(
+                published(prekeys.current()),
+                prekeys.generate(ec),
+                published(prekeys.last_resort()),
+                prekeys.generate_post_quantum(pq),
+            )
+            # Kept before it is sent: what the server may hand out, this device must be able to answer.
+            self._store.save(_SPACE, "upload", upload)
+        return upload
 
     def _prepare(self, door: str, username: str, name: str, platform: str) -> _Entry:
         identity = self.identity
@@ -103,6 +130,7 @@ class Account:
                     **identity.published(),
                     "signed_prekey": published(prekeys.current()),
                     "one_time_prekeys": prekeys.generate(STOCK),
+                    "pq_last_resort_prekey": published(prekeys.last_resort()),
                 },
             )
             self._store.save(_SPACE, "entry", entry)

@@ -48,7 +48,8 @@ class WhisprClient:
         ...
     ```
 
-    `url` is the public address of the server; `socket_url` only where sockets live elsewhere. `now` gives epoch seconds.
+    `url` is the public address of the server; `socket_url` only where sockets live elsewhere.
+    `require_post_quantum` refuses sessions with devices that offer no ML-KEM key. `now` gives epoch seconds.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class WhisprClient:
         socket_url: str | None = None,
         socket_options: SocketOptions | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
+        require_post_quantum: bool = False,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
@@ -68,6 +70,7 @@ class WhisprClient:
         self._platform = platform
         self._socket_url = socket_url or _socket_url(url)
         self._socket_options = socket_options
+        self._require_post_quantum = require_post_quantum
         self._now = now
         self._notice_callbacks: list[OnNotice] = []
         self._event_callbacks: list[OnEvent] = []
@@ -115,7 +118,14 @@ class WhisprClient:
         if self._running:
             return
         self._running = True
-        self.engine = Engine(self.store, self.account.identity, self.user_id, self.device_id, self._now)
+        self.engine = Engine(
+            self.store,
+            self.account.identity,
+            self.user_id,
+            self.device_id,
+            self._now,
+            require_post_quantum=self._require_post_quantum,
+        )
         self._devices = Devices(self.store, self.engine, self.rest, self._notify)
         self.outbox = Outbox(
             self.store,
@@ -292,7 +302,7 @@ class WhisprClient:
             self.live.leave(conversation_id)
             self.conversations.forget(conversation_id)
         elif event == "prekeys_low" and payload.get("device_id") in (None, str(self.device_id)):
-            self._spawn(self._persist(lambda: self.account.tend_prekeys(self.engine.prekeys, low=True)))
+            self._spawn(self._persist(lambda: self.account.tend_prekeys(self.engine.prekeys)))
         if event != "undelivered":  # pages of what the conversations' own channels bring
             self._notify(Notice(event, payload))
 

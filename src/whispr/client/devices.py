@@ -107,7 +107,7 @@ class Devices:
 
 def bundle_of(keys: DeviceKeys) -> PrekeyBundle:
     """The server's form of a bundle as cryptography takes it. Its signature is checked when it is used."""
-    one_time = keys.one_time_prekey
+    one_time, pq = keys.one_time_prekey, keys.pq_prekey
     return PrekeyBundle(
         registration_id=keys.registration_id,
         identity_key=keys.identity_key,
@@ -117,4 +117,7 @@ def bundle_of(keys: DeviceKeys) -> PrekeyBundle:
         signed_prekey_signature=keys.signed_prekey.signature or b"",
         one_time_prekey_id=one_time.key_id if one_time else None,
         one_time_prekey=one_time.public_key if one_time else None,
+        pq_prekey_id=pq.key_id if pq else None,
+        pq_prekey=pq.public_key if pq else None,
+        pq_prekey_signature=pq.signature if pq else None,
     )

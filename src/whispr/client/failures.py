@@ -82,7 +82,8 @@ class Undecryptable(CryptoError):
     """A message cannot be opened by this device.
 
     `reason` is one of `no_envelope` (not meant for this device, for example sent before it existed),
-    `no_session`, `no_sender_key`, `unknown_prekey`, `duplicate`, `bad_signature`, `malformed`, `failed`.
+    `no_session`, `no_sender_key`, `unknown_prekey`, `duplicate`, `bad_signature`, `malformed`, `failed`,
+    `not_post_quantum` (a session without it, where it is required), `unknown_keys`.
     """
 
     def __init__(self, reason: str) -> None:

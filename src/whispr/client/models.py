@@ -34,6 +34,7 @@ class DeviceKeys(msgspec.Struct, frozen=True):
     signing_key: bytes
     signed_prekey: Prekey
     one_time_prekey: Prekey | None = None
+    pq_prekey: Prekey | None = None
 
 
 class UserKeys(msgspec.Struct, frozen=True):

@@ -141,10 +141,18 @@ class RestClient:
     # Keys
 
     async def upload_keys(
-        self, signed_prekey: Mapping[str, Any], one_time_prekeys: Sequence[Mapping[str, Any]]
+        self,
+        signed_prekey: Mapping[str, Any],
+        one_time_prekeys: Sequence[Mapping[str, Any]],
+        pq_last_resort_prekey: Mapping[str, Any] | None = None,
+        pq_one_time_prekeys: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Replace the signed prekey and add one-time keys (at most 100). The same upload again changes nothing."""
-        body = {"signed_prekey": signed_prekey, "one_time_prekeys": one_time_prekeys}
+        """Replace the lasting prekeys and add one-time keys (at most 100 of each kind). The same again changes nothing."""
+        body: dict[str, Any] = {"signed_prekey": signed_prekey, "one_time_prekeys": one_time_prekeys}
+        if pq_last_resort_prekey is not None:
+            body["pq_last_resort_prekey"] = pq_last_resort_prekey
+        if pq_one_time_prekeys:
+            body["pq_one_time_prekeys"] = pq_one_time_prekeys
         await self._request("PUT", "/api/v1/keys", json=body)
 
     async def key_counts(self) -> dict[str, Any]:

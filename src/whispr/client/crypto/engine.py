@@ -27,6 +27,10 @@ from .sessions import PairwiseMessage, Sessions
 from .signing import canonical_json, content_sha256, message_digest, verify
 
 MAX_CONTENT: Final = 96 * 1024
+# More than an envelope with a sender key needs, KEM ciphertext included.
+ENVELOPE: Final = 4096
+# The server wants an envelope for every device; in a distribution this is what those get whose turn is not now.
+NOTHING: Final = {"type": "sender_key", "body": encode_base64(b"\0")}
 
 
 class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -83,12 +87,14 @@ class Engine:
         user_id: UUID,
         device_id: UUID,
         now: Callable[[], float],
+        *,
+        require_post_quantum: bool = False,
     ) -> None:
         self.identity = identity
         self.user_id = user_id
         self.device_id = device_id
         self.prekeys = PrekeyStock(store, identity, now)
-        self.sessions = Sessions(store, identity, self.prekeys)
+        self.sessions = Sessions(store, identity, self.prekeys, require_post_quantum=require_post_quantum)
         self.sender_keys = SenderKeys(store, now)
         self.directory = Directory(store)
         self._store = store
@@ -139,6 +145,8 @@ class Engine:
         if envelope is not None and envelope.type != "sender_key":
             plaintext = self._open_pairwise(message, sender, _body(envelope.body))
         elif envelope is not None or message.content.ciphertext is not None:
+            if envelope is not None and envelope.body == NOTHING["body"]:
+                return Payload("sender_key")
             body = _body(envelope.body if envelope is not None else message.content.ciphertext or "")
             data = _group_data(message.conversation_id, message.client_id, sender.device_id)
             plaintext = self.sender_keys.decrypt(
@@ -171,25 +179,49 @@ class Engine:
         )
         shared = encode_base64(msgspec.msgpack.encode(message))
         with_key = msgspec.structs.replace(payload, sender_key=distribution)
+        if payload.kind == "sender_key":
+            newcomers = [device for device in devices if device.device_id not in holders]
+            content, given = self._hand_out(conversation_id, client_id, with_key, devices, newcomers)
+            return Sealed(content, self.sign(conversation_id, client_id, content), message.chain_id, given)
         envelopes = {}
-        newcomers = {}
+        given = {}
         for device in devices:
+            registration = device.current.registration_id
             if device.device_id in holders:
-                registration = device.current.registration_id
                 envelope = {"type": "sender_key", "body": shared, "registration_id": registration}
             else:
-                newcomers[device.device_id] = device.current.registration_id
+                given[device.device_id] = registration
                 envelope = self._pairwise(conversation_id, client_id, device, with_key)
             envelopes[str(device.device_id)] = envelope
-        content: dict[str, Any] = {"envelopes": envelopes}
+        content = {"envelopes": envelopes}
         if len(canonical_json(content)) > MAX_CONTENT:
-            if payload.kind == "sender_key":
-                raise TooManyDevices(f"{len(devices)} devices do not fit into one message")
-            if newcomers:
+            if given:
                 raise DistributionNeeded("the sender key must be distributed first")
             content = {"ciphertext": shared}
-        signature = self.sign(conversation_id, client_id, content)
-        return Sealed(content, signature, message.chain_id, newcomers)
+        return Sealed(content, self.sign(conversation_id, client_id, content), message.chain_id, given)
+
+    def _hand_out(
+        self,
+        conversation_id: UUID,
+        client_id: UUID,
+        with_key: Payload,
+        devices: Sequence[KnownDevice],
+        newcomers: Sequence[KnownDevice],
+    ) -> tuple[dict[str, Any], dict[UUID, int]]:
+        """Content with the sender key for as many newcomers as fit, and who they are; the others' turn is later."""
+        envelopes: dict[str, dict[str, Any]] = {str(device.device_id): NOTHING for device in devices}
+        given: dict[UUID, int] = {}
+        size = len(canonical_json({"envelopes": envelopes}))
+        for device in newcomers:
+            if size + ENVELOPE > MAX_CONTENT:
+                break
+            envelope = self._pairwise(conversation_id, client_id, device, with_key)
+            size += len(canonical_json(envelope))
+            envelopes[str(device.device_id)] = envelope
+            given[device.device_id] = device.current.registration_id
+        if newcomers and not given:
+            raise TooManyDevices(f"{len(devices)} devices do not fit into one message")
+        return {"envelopes": envelopes}, given
 
     def _rotate_if_someone_left(self, conversation_id: UUID, devices: Sequence[KnownDevice]) -> None:
         present = {device.device_id: device.current.registration_id for device in devices}

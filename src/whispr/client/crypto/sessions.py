@@ -17,17 +17,22 @@ from whispr.client.failures import Undecryptable
 from whispr.client.store import Store
 
 from . import ratchet
-from .agreement import PrekeyBundle, answer, initiate
+from .agreement import Decapsulation, PrekeyBundle, answer, initiate
 from .identity import DeviceIdentity
 from .prekeys import PrekeyStock
 from .ratchet import RatchetMessage
 
 MAX_SESSIONS: Final = 8
+X3DH: Final = 1
+PQXDH: Final = 2
 _SPACE = "sessions"
 
 
 class Handshake(msgspec.Struct, frozen=True, array_like=True):
-    """What the peer needs to answer the key agreement; sent along until the peer has been heard."""
+    """What the peer needs to answer the key agreement; sent along until the peer has been heard.
+
+    `version` says which agreement it is; sessions begun before there was PQXDH have none, which means X3DH.
+    """
 
     registration_id: int
     identity_key: bytes
@@ -35,6 +40,9 @@ class Handshake(msgspec.Struct, frozen=True, array_like=True):
     ephemeral_key: bytes
     signed_prekey_id: int
     one_time_prekey_id: int | None
+    version: int = X3DH
+    pq_prekey_id: int | None = None
+    kem_ciphertext: bytes | None = None
 
 
 class PairwiseMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -59,23 +67,39 @@ class Session(msgspec.Struct):
     peer_identity_key: bytes
     handshake: Handshake | None = None
     retired: bool = False
+    post_quantum: bool = False
 
 
 class Sessions:
-    """Every method that changes something needs an open store transaction."""
+    """Every method that changes something needs an open store transaction.
 
-    def __init__(self, store: Store, identity: DeviceIdentity, prekeys: PrekeyStock) -> None:
+    With `require_post_quantum` no session begins, on either side, without a KEM key.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        identity: DeviceIdentity,
+        prekeys: PrekeyStock,
+        *,
+        require_post_quantum: bool = False,
+    ) -> None:
         self._store = store
         self._identity = identity
         self._prekeys = prekeys
+        self._require_post_quantum = require_post_quantum
 
     def ready(self, device_id: UUID) -> bool:
         """Whether there is a session to send on."""
         return any(not session.retired for session in self._load(device_id))
 
+    def post_quantum(self, device_id: UUID) -> bool:
+        """Whether the session to send on began with PQXDH."""
+        return next((s.post_quantum for s in self._load(device_id) if not s.retired), False)
+
     def begin(self, device_id: UUID, bundle: PrekeyBundle, plaintext: bytes, data: bytes) -> PairwiseMessage:
         """Begin a session with the bundle's device and encrypt its first message. Raises BadBundle."""
-        agreed = initiate(self._identity, bundle)
+        agreed = initiate(self._identity, bundle, require_post_quantum=self._require_post_quantum)
         tag = _tag(agreed.associated_data, agreed.ephemeral_key)
         state, message = ratchet.start(
             tag, agreed.secret, bundle.signed_prekey, plaintext, agreed.associated_data + data
@@ -87,8 +111,18 @@ class Sessions:
             agreed.ephemeral_key,
             bundle.signed_prekey_id,
             bundle.one_time_prekey_id,
+            X3DH if agreed.kem_ciphertext is None else PQXDH,
+            bundle.pq_prekey_id,
+            agreed.kem_ciphertext,
         )
-        session = Session(tag, state, agreed.associated_data, bundle.identity_key, handshake)
+        session = Session(
+            tag,
+            state,
+            agreed.associated_data,
+            bundle.identity_key,
+            handshake,
+            post_quantum=agreed.kem_ciphertext is not None,
+        )
         self._save(device_id, [session, *self._load(device_id)])
         return PairwiseMessage(message, handshake)
 
@@ -146,6 +180,7 @@ class Sessions:
             one_time_key = self._prekeys.one_time(handshake.one_time_prekey_id)
         if signed_prekey is None or (one_time_key is None and handshake.one_time_prekey_id is not None):
             raise Undecryptable("unknown_prekey")
+        post_quantum = self._decapsulation(handshake)
         secret, agreed_data = answer(
             self._identity,
             signed_prekey,
@@ -153,6 +188,7 @@ class Sessions:
             handshake.identity_key,
             handshake.signing_key,
             handshake.ephemeral_key,
+            post_quantum,
         )
         tag = _tag(agreed_data, handshake.ephemeral_key)
         if tag != message.session:
@@ -160,9 +196,25 @@ class Sessions:
         state, plaintext = ratchet.accept(secret, signed_prekey.private_key, message, agreed_data + data)
         if handshake.one_time_prekey_id is not None:
             self._prekeys.use(handshake.one_time_prekey_id)
-        session = Session(tag, state, agreed_data, handshake.identity_key)
+        if post_quantum is not None:
+            self._prekeys.use_post_quantum(post_quantum.prekey.key_id)
+        session = Session(
+            tag, state, agreed_data, handshake.identity_key, post_quantum=post_quantum is not None
+        )
         self._save(device_id, [session, *sessions])
         return plaintext
+
+    def _decapsulation(self, handshake: Handshake) -> Decapsulation | None:
+        if handshake.version == X3DH:
+            if self._require_post_quantum:
+                raise Undecryptable("not_post_quantum")
+            return None
+        if handshake.version != PQXDH or handshake.pq_prekey_id is None or handshake.kem_ciphertext is None:
+            raise Undecryptable("malformed")
+        prekey = self._prekeys.post_quantum(handshake.pq_prekey_id)
+        if prekey is None:
+            raise Undecryptable("unknown_prekey")
+        return Decapsulation(prekey, handshake.kem_ciphertext)
 
     def _load(self, device_id: UUID) -> list[Session]:
         return self._store.load(_SPACE, str(device_id), list[Session]) or []
