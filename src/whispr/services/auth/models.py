@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Literal
 from uuid import UUID
 
-from whispr.kit.errors import Conflict, Failure, Kind, NotFound, Unauthenticated, Unavailable
+from whispr.kit.errors import Conflict, Failure, Kind, NotFound, RateLimited, Unauthenticated, Unavailable
 
 Platform = Literal["ios", "android", "web", "desktop"]
 PushChannel = Literal["apns", "fcm", "webpush"]
@@ -96,6 +96,17 @@ class NewPushToken:
     token: str
     app_id: str
     environment: PushEnvironment
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What proves the second factor: `totp_code` is looked at first. An account without one needs neither."""
+
+    totp_code: str | None = None
+    recovery_code: str | None = None
+
+
+NO_CODES = Codes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +296,39 @@ class Encrypted:
 
 
 @dataclass(frozen=True, slots=True)
+class SecondFactorRecord:
+    """A second factor, locked. It is asked for once it is confirmed; `last_step` is that of the newest code accepted."""
+
+    encrypted: Encrypted
+    confirmed_at: datetime | None
+    last_step: int
+    failures: int
+    locked_until: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What came of asking for the second factor: why not, and what the audit trail is to say of what it allowed."""
+
+    refused: Failure | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SecondFactorState:
+    enabled: bool
+    recovery_codes_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewSecret:
+    """A TOTP secret as authenticators take it: base32, and as a URI for a QR code."""
+
+    secret: str
+    uri: str
+
+
+@dataclass(frozen=True, slots=True)
 class SealedKey:
     """A data key or private signing key, sealed under the root key `root_key_id`."""
 
@@ -358,6 +402,49 @@ class WrongPassword(Failure):
     # Not 401: the access token is good, and a client that saw 401 would try to refresh it.
     kind = Kind.FORBIDDEN
     code = "wrong_password"
+
+
+class TotpRequired(Failure):
+    """The account has a second factor: send totp_code or recovery_code."""
+
+    # Not 401, as with WrongPassword.
+    kind = Kind.FORBIDDEN
+    code = "totp_required"
+
+
+class TotpRequiredAtLogin(TotpRequired):
+    """The account has a second factor: send totp_code or recovery_code."""
+
+    kind = Kind.UNAUTHENTICATED
+
+
+class BadTotpCode(Failure):
+    """The code is wrong or was used before."""
+
+    kind = Kind.FORBIDDEN
+    code = "bad_totp_code"
+
+
+class BadTotpCodeAtLogin(BadTotpCode):
+    """The code is wrong or was used before."""
+
+    kind = Kind.UNAUTHENTICATED
+
+
+class TotpLocked(RateLimited):
+    """Too many wrong codes. A recovery code still works."""
+
+
+class TotpEnabled(Conflict):
+    """The account has a second factor already. Remove it first."""
+
+    code = "totp_enabled"
+
+
+class TotpNotBegun(Conflict):
+    """There is no second factor waiting to be confirmed."""
+
+    code = "totp_not_begun"
 
 
 class InvalidRefreshToken(Unauthenticated):

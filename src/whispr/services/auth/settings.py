@@ -40,6 +40,9 @@ class AuthSettings(ServiceSettings):
     max_one_time_prekeys: int = Field(default=1000, ge=100, le=100000)
     low_prekeys: int = Field(default=10, ge=1, le=100)
 
+    # What authenticator apps show beside the username.
+    totp_issuer: str = Field(default="Whispr", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ._\-]+$")
+
     signing_key_days: float = Field(default=30, gt=0)
     # A new key is published this long before it signs: longer than any verifier keeps a key set.
     signing_key_notice_seconds: float = Field(default=3600, ge=0)

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 from whispr.services.auth.api.accounts import account_router
 from whispr.services.auth.api.devices import device_router
 from whispr.services.auth.api.keys import key_router
+from whispr.services.auth.api.second_factor import second_factor_router
 from whispr.services.auth.service import Auth
 
 __all__ = ["build_routers"]
@@ -14,4 +15,9 @@ __all__ = ["build_routers"]
 
 def build_routers(auth: Auth, *, loopback_pushes: bool) -> list[APIRouter]:
     """Every route of auth. `loopback_pushes` lets Web Push subscriptions name plain HTTP on this machine."""
-    return [account_router(auth), device_router(auth, loopback_pushes=loopback_pushes), key_router(auth)]
+    return [
+        account_router(auth),
+        second_factor_router(auth),
+        device_router(auth, loopback_pushes=loopback_pushes),
+        key_router(auth),
+    ]

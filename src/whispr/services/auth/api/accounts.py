@@ -22,7 +22,7 @@ from whispr.kit.http import (
     new_router,
 )
 from whispr.kit.identity import Caller
-from whispr.services.auth.api.forms import DeletionForm, LoginForm, PasswordForm, RefreshForm, RegisterForm
+from whispr.services.auth.api.forms import LoginForm, PasswordForm, RefreshForm, RegisterForm, StepUpForm
 from whispr.services.auth.models import Origin, Platform, SessionRecord, Tokens
 from whispr.services.auth.service import Auth
 
@@ -70,7 +70,11 @@ def account_router(auth: Auth) -> APIRouter:
 
     @router.post("/api/v1/auth/login", responses={**REFUSED, 409: {"model": Problem}})
     async def log_in(form: LoginForm, request: Request, key: IdempotencyKey = None) -> SessionTokens:
-        """Open a session on a new device (`device`) or a known one (`device_id`)."""
+        """Open a session on a new device (`device`) or a known one (`device_id`).
+
+        401 `totp_required` asks for the second factor, `bad_totp_code` refuses it, and `device_expired` says that the
+        device was away for too long and must be linked anew.
+        """
         return _session(
             await auth.entry.log_in(
                 form.username,
@@ -78,6 +82,7 @@ def account_router(auth: Auth) -> APIRouter:
                 _origin(request),
                 device=form.device.device() if form.device is not None else None,
                 device_id=form.device_id,
+                codes=form.codes(),
                 idempotency_key=key,
             )
         )
@@ -114,13 +119,13 @@ def account_router(auth: Auth) -> APIRouter:
     @router.put("/api/v1/auth/password", status_code=204, responses={**REFUSED, 403: {"model": Problem}})
     async def change_password(form: PasswordForm, caller: CallerDep) -> Response:
         """Change the password and end all other sessions."""
-        await auth.accounts.change_password(caller, form.current_password, form.new_password)
+        await auth.accounts.change_password(caller, form.current_password, form.new_password, form.codes())
         return Response(status_code=204)
 
     @router.delete("/api/v1/auth/account", status_code=204, responses={**REFUSED, 403: {"model": Problem}})
-    async def delete_account(form: DeletionForm, caller: CallerDep) -> Response:
+    async def delete_account(form: StepUpForm, caller: CallerDep) -> Response:
         """Delete the account, here and in every service. The username is never given out again."""
-        await auth.accounts.delete(caller, form.password)
+        await auth.accounts.delete(caller, form.password, form.codes())
         return Response(status_code=204)
 
     @router.get("/.well-known/jwks.json")

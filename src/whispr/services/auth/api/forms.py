@@ -11,7 +11,15 @@ from pydantic import AfterValidator, Field, GetCoreSchemaHandler, GetJsonSchemaH
 from pydantic_core import core_schema
 
 from whispr.kit.http import Body
-from whispr.services.auth.models import USERNAME, NewDevice, OneTimeKey, Platform, PrekeyUpload, SignedKey
+from whispr.services.auth.models import (
+    USERNAME,
+    Codes,
+    NewDevice,
+    OneTimeKey,
+    Platform,
+    PrekeyUpload,
+    SignedKey,
+)
 
 
 class Base64:
@@ -84,6 +92,12 @@ DeviceName = Annotated[
 ]
 
 
+TotpCode = Annotated[str, Field(pattern=r"^[0-9]{6}$", description="Of the authenticator (RFC 6238).")]
+RecoveryCode = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9 \-]{1,32}$", description="One of the ten; each works once.")
+]
+
+
 class SignedPrekeyForm(Body):
     """An X25519 public key and the device's Ed25519 signature over its 32 bytes."""
 
@@ -153,7 +167,17 @@ class RegisterForm(Body):
     device: DeviceForm
 
 
-class LoginForm(Body):
+class CodesForm(Body):
+    """For accounts with a second factor: one of the two."""
+
+    totp_code: TotpCode | None = None
+    recovery_code: RecoveryCode | None = None
+
+    def codes(self) -> Codes:
+        return Codes(self.totp_code, self.recovery_code)
+
+
+class LoginForm(CodesForm):
     """`device` to log in on a new device, `device_id` on a known one."""
 
     username: AnyUsername
@@ -169,13 +193,30 @@ class RefreshForm(Body):
     device_id: UUID | None = None
 
 
-class PasswordForm(Body):
+class PasswordForm(CodesForm):
     current_password: AnyPassword
     new_password: NewPassword
 
 
-class DeletionForm(Body):
+class StepUpForm(CodesForm):
+    """Proof that it is the owner who asks, and not whoever holds the device at this moment."""
+
     password: AnyPassword
+
+
+class TotpForm(Body):
+    password: AnyPassword
+
+
+class TotpConfirmationForm(Body):
+    code: TotpCode
+
+
+class TotpRemovalForm(Body):
+    """`code` may be a recovery code."""
+
+    password: AnyPassword
+    code: RecoveryCode
 
 
 class UploadForm(Body):

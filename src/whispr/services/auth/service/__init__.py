@@ -25,6 +25,7 @@ from whispr.services.auth.service.passwords import Passwords
 from whispr.services.auth.service.prekeys import Prekeys
 from whispr.services.auth.service.push_tokens import PushTokens
 from whispr.services.auth.service.roles import Roles
+from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.sessions import Sessions
 from whispr.services.auth.service.signing import SigningKeys
 from whispr.services.auth.service.vault import Vault
@@ -61,6 +62,7 @@ class Auth:
     prekeys: Prekeys
     push_tokens: PushTokens
     data_keys: DataKeys
+    second_factor: SecondFactor
     signing: SigningKeys
     source: Source
     housekeeping: Housekeeping
@@ -93,18 +95,20 @@ def build_auth(
     sessions = Sessions(db, clock, signing, announcer, audit, limits, settings)
     credentials = Credentials(db, passwords, audit, limits)
     data_keys = DataKeys(db, clock, vault, audit, settings)
+    second_factor = SecondFactor(db, clock, credentials, data_keys, audit, settings)
     push_tokens = PushTokens(db, clock, data_keys, announcer, audit, settings)
     return Auth(
-        entry=Entry(db, clock, credentials, sessions, announcer, audit, limits, settings),
-        accounts=Accounts(db, clock, credentials, sessions, announcer, audit, wake_outbox),
+        entry=Entry(db, clock, credentials, second_factor, sessions, announcer, audit, limits, settings),
+        accounts=Accounts(db, clock, credentials, second_factor, sessions, announcer, audit, wake_outbox),
         sessions=sessions,
         devices=Devices(db, clock, announcer, audit),
         prekeys=Prekeys(db, clock, announcer, limits, settings),
         push_tokens=push_tokens,
         data_keys=data_keys,
+        second_factor=second_factor,
         signing=signing,
         source=Source(db, signing),
-        housekeeping=Housekeeping(db, clock, vault, data_keys, push_tokens, signing, settings),
+        housekeeping=Housekeeping(db, clock, vault, data_keys, push_tokens, second_factor, signing, settings),
         limits=limits,
         announcer=announcer,
         audit=audit,

@@ -59,6 +59,11 @@ class Credentials:
             and current.password_hash == account.password_hash
         )
 
+    async def lock_proven(self, tx: Connection, account: Account) -> None:
+        """Lock the caller's account. Raises `WrongPassword` if its password or status has changed since it was proven."""
+        if not await self.lock_unchanged(tx, account):
+            raise WrongPassword
+
     async def find(self, username: str) -> Account | None:
         async with self._db.connection() as connection:
             return await store.accounts.by_username(connection, username)

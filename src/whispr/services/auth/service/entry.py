@@ -16,7 +16,9 @@ from whispr.kit.identity import Revocation
 from whispr.kit.ids import uuid7
 from whispr.services.auth import store
 from whispr.services.auth.models import (
+    NO_CODES,
     Account,
+    Codes,
     DeviceKeysDiffer,
     Family,
     IdempotencyKeyReused,
@@ -32,6 +34,7 @@ from whispr.services.auth.service.audit import AuditTrail
 from whispr.services.auth.service.credentials import Credentials
 from whispr.services.auth.service.limits import Limits
 from whispr.services.auth.service.prekeys import add_first_prekeys, check_device
+from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.sessions import Sessions
 from whispr.services.auth.settings import AuthSettings
 
@@ -46,10 +49,15 @@ class _Attempt:
 
 
 def _attempt(
-    door: str, username: str, key: str | None, device: NewDevice | None, device_id: UUID | None = None
+    door: str,
+    username: str,
+    key: str | None,
+    device: NewDevice | None,
+    device_id: UUID | None = None,
+    codes: Codes = NO_CODES,
 ) -> _Attempt:
     key_digest = None if key is None else hashlib.sha256(f"{door}|{key}".encode()).digest()
-    request = msgspec.json.encode([device, device_id])
+    request = msgspec.json.encode([device, device_id, codes])
     return _Attempt(username, key_digest, hashlib.sha256(request).digest())
 
 
@@ -76,6 +84,7 @@ class Entry:
         db: Database,
         clock: Clock,
         credentials: Credentials,
+        second_factor: SecondFactor,
         sessions: Sessions,
         announcer: Announcer,
         audit: AuditTrail,
@@ -85,6 +94,7 @@ class Entry:
         self._db = db
         self._clock = clock
         self._credentials = credentials
+        self._second_factor = second_factor
         self._sessions = sessions
         self._announcer = announcer
         self._audit = audit
@@ -130,24 +140,27 @@ class Entry:
         *,
         device: NewDevice | None = None,
         device_id: UUID | None = None,
+        codes: Codes = NO_CODES,
         idempotency_key: str | None = None,
     ) -> Tokens:
         """A new session: on the account's known `device_id`, whose keys nothing changes, else on a new `device`.
 
         Whatever is wrong with name, password or device id, the answer is `InvalidCredentials` after the same work.
-        Raises also `TooManyDevices`, `DeviceKeysDiffer`, `BadSignature`, `IdempotencyKeyReused`, `RateLimited`, `Busy`.
+        Raises also `TotpRequiredAtLogin`, `BadTotpCodeAtLogin`, `DeviceExpired`, `TooManyDevices`, `DeviceKeysDiffer`,
+        `BadSignature`, `IdempotencyKeyReused`, `RateLimited`, `Busy`.
         """
         if device is None and device_id is None:
             raise Invalid("Either device or device_id is needed.")
         if device is not None:
             check_device(device)
         account = await self._credentials.prove(username, password, origin)
-        attempt = _attempt("login", username, idempotency_key, device, device_id)
+        # The codes too: a repeat is let in without spending a code, so it must know the one that was spent.
+        attempt = _attempt("login", username, idempotency_key, device, device_id, codes)
         repeated = await self._repeat(attempt)
         if repeated is not None:
             return repeated
         try:
-            opened = await self._open(account, attempt, device, device_id)
+            opened = await self._open(account, attempt, device, device_id, codes)
         except _Twin:
             repeated = await self._repeat(attempt)
             if repeated is None:
@@ -159,20 +172,43 @@ class Entry:
         return await self._sessions.tokens(opened.family, opened.refresh_token, opened.roles)
 
     async def _open(
-        self, account: Account, attempt: _Attempt, device: NewDevice | None, device_id: UUID | None
+        self,
+        account: Account,
+        attempt: _Attempt,
+        device: NewDevice | None,
+        device_id: UUID | None,
+        codes: Codes,
     ) -> _Opened:
+        opened: _Opened | None = None
         async with self._db.transaction() as tx:
             if not await self._credentials.lock_unchanged(tx, account):
                 raise InvalidCredentials
-            if device_id is not None:
-                opened = await self._on_known_device(tx, account.id, device_id, device, attempt)
-            else:
-                assert device is not None
-                if await store.devices.count_active(tx, account.id) >= self._settings.max_devices:
-                    raise TooManyDevices(limit=self._settings.max_devices)
-                opened = await self._with_new_device(tx, account.id, device, attempt)
-                await self._audit.record(tx, "device_added", account.id, opened.family.device_id)
-            await self._audit.record(tx, "logged_in", account.id, opened.family.device_id)
+            proof = await self._second_factor.check(tx, account.id, codes, at_login=True)
+            if proof.refused is None:
+                opened = await self._on_device(tx, account.id, device_id, device, attempt)
+                await self._audit.record(
+                    tx, "logged_in", account.id, opened.family.device_id, **proof.details
+                )
+        if proof.refused is not None:
+            raise proof.refused
+        assert opened is not None
+        return opened
+
+    async def _on_device(
+        self,
+        tx: Connection,
+        account_id: UUID,
+        device_id: UUID | None,
+        device: NewDevice | None,
+        attempt: _Attempt,
+    ) -> _Opened:
+        if device_id is not None:
+            return await self._on_known_device(tx, account_id, device_id, device, attempt)
+        assert device is not None
+        if await store.devices.count_active(tx, account_id) >= self._settings.max_devices:
+            raise TooManyDevices(limit=self._settings.max_devices)
+        opened = await self._with_new_device(tx, account_id, device, attempt)
+        await self._audit.record(tx, "device_added", account_id, opened.family.device_id)
         return opened
 
     async def _on_known_device(

@@ -13,6 +13,7 @@ from whispr.kit.identity import MAX_TOKEN_LIFETIME
 from whispr.services.auth import store
 from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.push_tokens import PushTokens
+from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.signing import SKEW, SigningKeys
 from whispr.services.auth.service.vault import Vault
 from whispr.services.auth.settings import AuthSettings
@@ -48,6 +49,7 @@ class Housekeeping:
         vault: Vault,
         data_keys: DataKeys,
         push_tokens: PushTokens,
+        second_factor: SecondFactor,
         signing: SigningKeys,
         settings: AuthSettings,
     ) -> None:
@@ -56,6 +58,7 @@ class Housekeeping:
         self._clock = clock
         self._data_keys = data_keys
         self._push_tokens = push_tokens
+        self._second_factor = second_factor
         self._signing = signing
         self._settings = settings
 
@@ -87,6 +90,7 @@ class Housekeeping:
         await self._data_keys.rotate(force=False)
         await self._data_keys.reseal()
         await self._push_tokens.reencrypt()
+        await self._second_factor.reencrypt()
         await self._data_keys.drop_unused()
         return await self._push_tokens.per_key()
 

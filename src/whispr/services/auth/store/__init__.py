@@ -1,6 +1,6 @@
 """Every SQL statement of auth, by subject, one function each.
 
-Functions take a connection first. Those that lock say so; the order of locks is account, session, device, refresh
+Functions take a connection first. Those that lock say so; the order of locks is account, second factor, session, device, refresh
 token, keys, audit, so that no two transactions wait for each other.
 """
 
@@ -13,6 +13,7 @@ from whispr.services.auth.store import (
     keys,
     prekeys,
     push_tokens,
+    second_factors,
     sessions,
 )
 
@@ -25,5 +26,6 @@ __all__ = [
     "keys",
     "prekeys",
     "push_tokens",
+    "second_factors",
     "sessions",
 ]

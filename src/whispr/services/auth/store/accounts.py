@@ -88,7 +88,8 @@ async def bump_epoch(tx: Connection, account_id: UUID) -> int:
 async def erase(tx: Connection, account_id: UUID, username_digest: bytes, now: datetime) -> None:
     """Forget everything of an account but its id; its name stays taken as a digest. Sessions and keys go with devices."""
     await tx.execute("DELETE FROM devices WHERE account_id = $1", account_id)
-    await tx.execute("DELETE FROM account_roles WHERE account_id = $1", account_id)
+    for table in ("account_roles", "second_factors", "device_links"):
+        await tx.execute(f"DELETE FROM {table} WHERE account_id = $1", account_id)
     await tx.execute(
         "INSERT INTO retired_usernames (digest, retired_at) VALUES ($1, $2) ON CONFLICT DO NOTHING",
         username_digest,
