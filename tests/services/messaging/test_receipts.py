@@ -27,7 +27,7 @@ from whispr.services.messaging.models import (
 from whispr.services.messaging.service import receipts as module
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.receipts import Receipts
-from whispr.services.messaging.store import conversations, members, opening
+from whispr.services.messaging.store import conversations, history, members, opening
 
 
 async def pair(stack: Stack) -> tuple[Door, Door, str]:
