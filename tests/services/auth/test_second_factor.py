@@ -315,9 +315,6 @@ async def test_the_secret_lies_encrypted_and_moves_with_the_keys(fresh_url: str,
             app = Authenticator((await auth.second_factor.begin(caller, PASSWORD)).secret)
             await auth.second_factor.confirm(caller, app.code(clock.time()))
             apps.append((username, app))
-        await auth.push_tokens.put(
-            caller, caller.device_id, NewPushToken("fcm", uuid4().hex, "", "production")
-        )
 
         async def stored() -> list[Any]:
             async with auth.second_factor._db.connection() as connection:
