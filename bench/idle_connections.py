@@ -1,7 +1,7 @@
-"""Memory per joined connection: devices that joined their user topic and a conversation and then only beat.
+"""Up to 100,000 joined connections that only beat: memory and processor each costs, then messages through them.
 
-Resident memory of the messaging process before and after, divided by the connections; and the processor it uses at
-rest while every connection sends a heartbeat each 30 seconds.
+Each connection joins `user:ID` and a conversation. Memory is that of all messaging processes before and after, divided
+by the connections; the processor is counted for every part of the instance.
 """
 
 from __future__ import annotations
@@ -10,104 +10,137 @@ import argparse
 import asyncio
 import time
 from functools import partial
+from typing import Any
 
 import httpx
-import psutil
 import uvloop
 
+from bench.crowd import Crowd, Seat, address_of, run_offer, spread
+from bench.fleet import Fleet
 from bench.instance import Instance, own_instance
-from bench.load import Device, Person, connect, gather_bounded, open_conversation, register_many
-from bench.report import publish
+from bench.load import Person, gather_bounded, open_conversation, register_many
+from bench.report import percentile, publish
+from bench.stream import Offer
+from bench.usage import cpu_between, parts, used
 
-HEARTBEAT = b'[null,"h","phoenix","heartbeat",{}]'
-HEARTBEAT_SECONDS = 30.0
-PER_ADDRESS = 10_000
+PER_PROCESS = 16_000
+"""Connections of one generator process, of the 20,000 descriptors it may have."""
 
-
-async def _join(url: str, number: int, person: Person, conversation: str, joined: list[Device]) -> None:
-    device = await connect(url, person.token, f"127.0.{1 + number // PER_ADDRESS}.1")
-    await device.join(f"user:{person.user_id}", ref="1")
-    await device.join(f"conversation:{conversation}", ref="2")
-    joined.append(device)
+PER_WORKER = 15_000
+"""Connections of one messaging process: the kernel deals them out by hash, not evenly."""
 
 
-async def _beat(devices: list[Device], seconds: float) -> None:
-    """Heartbeats of all devices, spread evenly."""
-    loop = asyncio.get_running_loop()
-    started, sent = loop.time(), 0
-    while (elapsed := loop.time() - started) < seconds:
-        wanted = int(elapsed / HEARTBEAT_SECONDS * len(devices))
-        for number in range(sent, wanted):
-            devices[number % len(devices)].send(HEARTBEAT)
-        sent = max(sent, wanted)
-        await asyncio.sleep(0.1)
-
-
-async def _people(instance: Instance, count: int) -> list[tuple[Person, str]]:
-    people = await register_many(instance.url, count)
+async def _pairs(instance: Instance, people: int) -> list[tuple[Person, Person, str]]:
+    registered = await register_many(instance.url, people - people % 2)
+    pairs = list(zip(registered[::2], registered[1::2], strict=True))
     async with httpx.AsyncClient(timeout=60) as http:
         conversations = await gather_bounded(
-            [
-                partial(open_conversation, http, instance.url, one, [two])
-                for one, two in zip(people[::2], people[1::2], strict=True)
-            ]
+            [partial(open_conversation, http, instance.url, one, [two]) for one, two in pairs]
         )
-    return [(person, conversations[number // 2]) for number, person in enumerate(people)]
+    return [(one, two, conversation) for (one, two), conversation in zip(pairs, conversations, strict=True)]
 
 
-async def _measure(arguments: argparse.Namespace) -> None:
-    with own_instance() as instance:
-        people = await _people(instance, arguments.people)
+def _seats(pairs: list[tuple[Person, Person, str]], connections: int) -> list[Seat]:
+    """Connections dealt out to the pairs in turn: the first of each pair sends, all others listen."""
+    seats = []
+    for number in range(connections - connections % 2):
+        one, two, conversation = pairs[number // 2 % len(pairs)]
+        first_round = number < 2 * len(pairs)
+        person, other = (one, two) if number % 2 == 0 else (two, one)
+        seat = Seat(person, conversation, address_of(number))
+        seat.sends = number % 2 == 0 and first_round
+        seat.devices = [other.device_id]
+        seats.append(seat)
+    return seats
+
+
+async def _measure(arguments: argparse.Namespace) -> int:
+    workers = arguments.workers or -(-arguments.connections // PER_WORKER)
+    with own_instance(
+        WHISPR_MESSAGING_WORKERS=str(workers), WHISPR_AUTH_ACCESS_TOKEN_SECONDS="3600"
+    ) as instance:
+        seats = _seats(await _pairs(instance, arguments.people), arguments.connections)
+        processes = -(-len(seats) // PER_PROCESS)
+        shares = spread(seats, processes)
         url = instance.socket_url(direct=True)
-        process = psutil.Process(instance.service("messaging")["pid"])
-        before = process.memory_info().rss
-        started = time.monotonic()
-        devices: list[Device] = []
-        # Those that have joined must beat while the rest still joins, or the server would close them as dead.
-        beating = asyncio.create_task(_beat(devices, 3600))
-        await gather_bounded(
-            [
-                partial(_join, url, number, *people[number % len(people)], devices)
-                for number in range(arguments.connections)
-            ],
-            64,
-        )
-        joined = time.monotonic() - started
-        beating.cancel()
-        # Replies, first presence and garbage of joining settle before memory is read.
-        await _beat(devices, 10)
-        after = process.memory_info().rss
-        process.cpu_percent()
-        await _beat(devices, arguments.seconds)
-        cpu = process.cpu_percent()
-        alive = sum(not device.closed.done() for device in devices)
+        given = [(url, share, index, processes) for index, share in enumerate(shares)]
+        async with Fleet(Crowd, given) as fleet:
+            row = await _joined(instance, fleet, arguments, len(seats))
+            row |= await _at_rest(instance, fleet, arguments.seconds)
+            messages = await _messages(fleet, arguments)
     publish(
         "idle-connections",
-        f"{len(people):,} people; each connection joined user:ID and a conversation, a heartbeat each 30 s; "
-        "resident memory of the one messaging process",
-        [
-            {
-                "connections": len(devices),
-                "alive": alive,
-                "joined in s": joined,
-                "before MiB": before / 2**20,
-                "after MiB": after / 2**20,
-                "KiB a connection": (after - before) / 1024 / len(devices),
-                "CPU at rest %": cpu,
-            }
-        ],
+        f"{arguments.people:,} people; each connection joined user:ID and a conversation, a heartbeat each 30 s; "
+        f"{row.pop('messaging processes')} messaging processes, {processes} generator processes, past the gateway",
+        [row],
+        messages=messages,
     )
+    if messages:
+        publish(
+            "idle-connections",
+            f"messages through {len(seats):,} connections; each delivered to every other connection of its conversation",
+            [messages],
+        )
+    return 0 if row["alive"] == row["connections"] else 1
+
+
+async def _joined(
+    instance: Instance, fleet: Fleet, arguments: argparse.Namespace, connections: int
+) -> dict[str, Any]:
+    before = used(instance)
+    started = time.monotonic()
+    times = await fleet.call("join", max(1, arguments.width // len(fleet)), True)
+    seconds = time.monotonic() - started
+    # Replies, first presence and garbage of joining settle before memory is read.
+    await asyncio.sleep(10)
+    after = used(instance)
+    cpu = {name: 1000 * spent / connections for name, spent in cpu_between(before, after).items()}
+    latencies = sorted(time for share in times for time in share)
+    return {
+        "connections": connections,
+        "alive": sum(await fleet.call("alive")),
+        "messaging processes": len(parts(instance)["messaging"]),
+        "joined in s": seconds,
+        "join P99 ms": percentile(latencies, 0.99),
+        "join CPU ms each": sum(cpu.values()),
+        **{f"of {name}": spent for name, spent in cpu.items() if spent >= 0.01},
+        "RSS KiB each": (after["messaging"].rss - before["messaging"].rss) / 1024 / connections,
+        "PSS KiB each": (after["messaging"].pss - before["messaging"].pss) / 1024 / connections,
+        "messaging MiB": after["messaging"].pss / 2**20,
+    }
+
+
+async def _at_rest(instance: Instance, fleet: Fleet, seconds: float) -> dict[str, Any]:
+    before, started = used(instance), time.monotonic()
+    await asyncio.sleep(seconds)
+    spent = cpu_between(before, used(instance))
+    elapsed = time.monotonic() - started
+    return {
+        "rest CPU %": 100 * sum(spent.values()) / elapsed,
+        "of messaging %": 100 * spent["messaging"] / elapsed,
+        "alive": sum(await fleet.call("alive")),
+    }
+
+
+async def _messages(fleet: Fleet, arguments: argparse.Namespace) -> dict[str, Any]:
+    if not arguments.rate:
+        return {}
+    await run_offer(fleet, Offer(50, 2, 1))
+    return await run_offer(fleet, Offer(arguments.rate, arguments.message_seconds, 2))
 
 
 def main(argv: list[str]) -> int:
-    """`whispr bench idle-connections [--connections N] [--people N] [--seconds S]`."""
+    """`whispr bench idle-connections [--connections N] [--people N] [--workers W]`; status 1 when one was lost."""
     parser = argparse.ArgumentParser(prog="whispr bench idle-connections", description=__doc__)
-    parser.add_argument(
-        "--connections", type=int, default=19_500, help="this process may have 20,000 descriptors"
-    )
+    parser.add_argument("--connections", type=int, default=19_500)
     parser.add_argument(
         "--people", type=int, default=10_000, help="distinct people; devices beyond share their tokens"
     )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="messaging processes; 0: as many as are needed"
+    )
+    parser.add_argument("--width", type=int, default=64, help="joins under way at once")
     parser.add_argument("--seconds", type=float, default=30, help="how long to watch the processor at rest")
-    uvloop.run(_measure(parser.parse_args(argv)))
-    return 0
+    parser.add_argument("--rate", type=float, default=1_000, help="messages a second afterwards; 0: none")
+    parser.add_argument("--message-seconds", type=float, default=10)
+    return uvloop.run(_measure(parser.parse_args(argv)))

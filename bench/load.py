@@ -105,9 +105,11 @@ async def open_conversation(http: httpx.AsyncClient, url: str, owner: Person, ot
     return str(answer.json()["id"])
 
 
-def signed_payload(sender: Person, conversation: str, devices: list[str] | None) -> tuple[str, bytes]:
+def signed_payload(
+    sender: Person, conversation: str, devices: list[str] | None, *, client_id: UUID | None = None
+) -> tuple[str, bytes]:
     """A `new_message` payload: `(client_id, JSON)`. With `devices`, one envelope each; else one shared ciphertext."""
-    client_id = uuid4()
+    client_id = client_id or uuid4()
     body = _b64(os.urandom(CONTENT_BYTES))
     content: dict[str, Any] = (
         {"ciphertext": body}

@@ -13,6 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+_WIDEST = 9
+"""Columns that fit a terminal; a table with more is turned on its side."""
+
 
 def percentile(ordered: Sequence[float], share: float) -> float:
     """The value below which `share` (0–1) of the `ordered` values lie; NaN of none."""
@@ -37,10 +40,19 @@ def publish(scenario: str, setting: str, rows: list[dict[str, Any]], **more: Any
     console = Console(width=140)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     table = Table(title=f"{scenario}, {date}", caption=f"{machine()}\n{setting}")
-    for name in rows[0] if rows else ():
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row.values()))
+    names = list(rows[0]) if rows else []
+    if len(names) > _WIDEST:
+        table.add_column("")
+        for _ in rows:
+            table.add_column(justify="right")
+        table.show_header = False
+        for name in names:
+            table.add_row(name, *(_shown(row[name]) for row in rows))
+    else:
+        for name in names:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*(_shown(value) for value in row.values()))
     console.print(table)
     result = {
         "scenario": scenario,
