@@ -147,10 +147,10 @@ class Device:
         log.troubles.append("a message was never acknowledged")
         return None
 
-    async def send_until(self, stop: asyncio.Event, pause: float) -> None:
-        """Send into every conversation in turn."""
+    async def send_until(self, stop: asyncio.Event, pause: float, *, but: Sequence[str] = ()) -> None:
+        """Send into every conversation in turn, `but` these."""
         while not stop.is_set():
-            for conversation in self.logs:
+            for conversation in self.logs.keys() - set(but):
                 await self.send(conversation)
             await asyncio.sleep(random.uniform(0, 2 * pause))
 
