@@ -1,52 +1,48 @@
-"""Changes of stored messages."""
+"""What becomes of a stored message: it is edited, or nothing is left of it but its place in the log."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from uuid import UUID
 
-import msgspec
-
 from whispr.kit.db import Connection
-from whispr.services.messaging.store import media_links
 
 
-class Tombstone(msgspec.Struct, frozen=True):
-    """A message of which nothing is left but that it was."""
+async def tombstone(tx: Connection, conversation_id: UUID, message_ids: Sequence[UUID]) -> list[UUID]:
+    """Erase messages of a conversation that the transaction holds; those that were not erased before, oldest first.
 
-    conversation_id: UUID
-    seq: int
-    id: UUID
-
-
-async def tombstone(tx: Connection, conversation_ids: Sequence[UUID], seqs: Sequence[int]) -> list[Tombstone]:
-    """Take everything out of messages: content, signature, media, reactions and pins. The caller holds the conversations.
-
-    Those that became tombstones by this, by conversation and `seq`; what was one already is left out. The digest of what
-    was first sent stays, so that its sender's repeat is still known for one.
+    Content, signature, media, reactions and pins go; media is told of it. The digest of what was first sent stays, so
+    that the same draft sent again is still known to have been stored. The caller appends `message_deleted` for each.
     """
     records = await tx.fetch(
         """
         WITH gone AS (
-            UPDATE messages m
-            SET is_deleted = true, content = '{}', content_sha256 = '', signature = '', media_ids = NULL,
-                metadata = NULL, draft_sha256 = coalesce(m.draft_sha256, m.content_sha256)
-            FROM unnest($1::uuid[], $2::bigint[]) AS g (conversation_id, seq)
-            WHERE m.conversation_id = g.conversation_id AND m.seq = g.seq AND NOT m.is_deleted
-            RETURNING m.conversation_id, m.seq, m.id
+            UPDATE messages SET
+                is_deleted = true, content = '{}', content_sha256 = '', signature = '', media_ids = NULL,
+                metadata = NULL, edited_device_id = NULL, draft_sha256 = coalesce(draft_sha256, content_sha256)
+            WHERE conversation_id = $1 AND id = ANY($2) AND NOT is_deleted
+            RETURNING id, seq
         ), unreacted AS (
-            DELETE FROM message_reactions r USING gone
-            WHERE r.conversation_id = gone.conversation_id AND r.message_id = gone.id
+            DELETE FROM message_reactions WHERE conversation_id = $1 AND message_id = ANY($2)
         ), unpinned AS (
-            DELETE FROM message_pins p USING gone
-            WHERE p.conversation_id = gone.conversation_id AND p.message_id = gone.id
+            DELETE FROM message_pins WHERE conversation_id = $1 AND message_id = ANY($2)
+        ), unpictured AS (
+            DELETE FROM message_media WHERE conversation_id = $1 AND message_id = ANY($2)
+            RETURNING message_id, sender_id, media_id
+        ), unlinked AS (
+            INSERT INTO outbox (topic, key, payload)
+            SELECT 'media_unlinked', min(message_id::text), jsonb_build_object('links', jsonb_agg(jsonb_build_object(
+                'message_id', message_id, 'conversation_id', $1::uuid, 'sender_id', sender_id, 'media_ids', media_ids
+            )))
+            FROM (
+                SELECT message_id, sender_id, jsonb_agg(media_id ORDER BY media_id) AS media_ids
+                FROM unpictured GROUP BY message_id, sender_id
+            ) AS links
+            HAVING count(*) > 0
         )
-        SELECT conversation_id, seq, id FROM gone ORDER BY conversation_id, seq
+        SELECT id FROM gone ORDER BY seq
         """,
-        list(conversation_ids),
-        list(seqs),
+        conversation_id,
+        list(message_ids),
     )
-    gone = [Tombstone(*record.values()) for record in records]
-    if gone:
-        await media_links.unlink(tx, [item.conversation_id for item in gone], [item.id for item in gone])
-    return gone
+    return [record["id"] for record in records]

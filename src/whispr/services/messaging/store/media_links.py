@@ -1,34 +1,11 @@
-"""Which messages refer to which media, and what media is told of it."""
+"""Which messages refer to which media."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime
 from uuid import UUID
 
 from whispr.kit.db import Connection
-
-
-async def unlink(tx: Connection, conversation_ids: Sequence[UUID], message_ids: Sequence[UUID]) -> None:
-    """Forget the media of messages that are gone, and write for media that they are not referred to any more."""
-    await tx.execute(
-        """
-        WITH gone AS (
-            DELETE FROM message_media l
-            USING unnest($1::uuid[], $2::uuid[]) AS g (conversation_id, message_id)
-            WHERE l.conversation_id = g.conversation_id AND l.message_id = g.message_id
-            RETURNING l.*
-        ), message AS (
-            SELECT conversation_id, message_id, sender_id, jsonb_agg(media_id) AS media_ids
-            FROM gone GROUP BY conversation_id, message_id, sender_id
-        )
-        INSERT INTO outbox (topic, key, payload)
-        SELECT 'media_unlinked', min(message_id::text), jsonb_build_object('links', jsonb_agg(to_jsonb(message)))
-        FROM message HAVING count(*) > 0
-        """,
-        list(conversation_ids),
-        list(message_ids),
-    )
 
 
 async def may_see(
