@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 from uuid import UUID
 
 from whispr.kit.clock import Clock
@@ -19,6 +19,7 @@ from whispr.kit.db import Database
 from whispr.kit.errors import Failure, Internal, RateLimited, SessionRevoked, Unavailable
 from whispr.kit.telemetry import get_logger
 from whispr.services.messaging.models import (
+    BadSignature,
     ClientIdConflict,
     CommittedEvent,
     Conversation,
@@ -42,6 +43,8 @@ from whispr.services.messaging.store import sending as store
 
 log = get_logger(__name__)
 
+T = TypeVar("T")
+
 # A draft is judged again after each load; what is still missing then was dropped meanwhile. It ends somewhere.
 _MAX_LOADS: Final = 6
 
@@ -64,14 +67,17 @@ class _Missing(Exception):
 
 
 class _Waiting:
-    """A draft in its conversation's queue. `asked_auth`: its envelopes were compared with a fresh device list."""
+    """A draft in its conversation's queue."""
 
-    __slots__ = ("asked_auth", "on_done", "parsed")
+    __slots__ = ("on_done", "parsed")
 
     def __init__(self, parsed: Parsed, on_done: OnDone) -> None:
         self.parsed = parsed
         self.on_done = on_done
-        self.asked_auth = False
+
+
+def _nobody(_: SendResult | Failure) -> None:
+    """Waits for no answer."""
 
 
 class Sending:
@@ -100,6 +106,7 @@ class Sending:
         self._directory = directory
         self._devices = devices
         self._contact = contact
+        self._signatures = signatures
         self._pace = pace
         self._max_backlog = max_backlog
         self._flusher = Flusher(
@@ -133,7 +140,7 @@ class Sending:
             self._enqueue(queue, _Waiting(parsed, on_done))
             return
         try:
-            signing_key = self._judge(parsed, asked_auth=False)
+            signing_key = self._judge(parsed, False)
         except _Missing:
             queue = self._queues[draft.conversation_id] = deque()
             self._enqueue(queue, _Waiting(parsed, on_done))
@@ -158,25 +165,53 @@ class Sending:
         self.submit(draft, done)
         return await answer
 
+    async def examine(self, draft: Draft) -> Parsed:
+        """Judge `draft` by every rule of sending, its signature too, and store nothing.
+
+        Raises what `submit` answers with.
+        """
+        if self._pace is not None:
+            self._pace.count(draft.sender_device_id)
+        parsed = parse(draft)
+        signing_key = await self._with_loads(partial(self._judge, parsed))
+        (is_genuine,) = await self._signatures.check([(signing_key, parsed.signed, draft.signature)])
+        if not is_genuine:
+            raise BadSignature
+        return parsed
+
+    async def ensure_open(self, conversation_id: UUID, user_id: UUID) -> None:
+        """Check that a person may do anything at all in a conversation, whatever their role.
+
+        Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser` or `Unavailable`.
+        """
+        await self._with_loads(lambda _: self._judge_place(conversation_id, user_id))
+
+    async def judge(self, draft: Draft) -> Parsed:
+        """Hold `draft` against everything that sending it would be held against, but for its client id and its reply.
+
+        Raises what `submit` answers with.
+        """
+        parsed = parse(draft)
+        signing_key = await self._judge_with_loads(_Waiting(parsed, _nobody))
+        if not all(await self._signatures.check([(signing_key, parsed.signed, draft.signature)])):
+            raise BadSignature
+        return parsed
+
     async def drain(self) -> None:
         """Wait until everything submitted is answered."""
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._flusher.drain()
 
-    def _judge(self, parsed: Parsed, *, asked_auth: bool) -> bytes:
-        """The key that must have signed the draft. Raises why it is refused, or `_Missing`."""
+    def _judge(self, parsed: Parsed, asked_auth: bool) -> bytes:
+        """The key that must have signed the draft. Raises why it is refused, or `_Missing`.
+
+        `asked_auth`: its envelopes were compared with a fresh device list.
+        """
         draft = parsed.draft
-        conversation = self._directory.peek(draft.conversation_id)
-        if conversation is None:
-            raise _Missing(lambda: self._load_conversation(draft.conversation_id))
-        if draft.sender_id not in conversation.members:
-            raise NotAMember
-        if not conversation.is_active:
-            raise ConversationClosed
-        if conversation.type is ConversationType.DIRECT:
-            self._judge_contact(conversation, draft.sender_id)
-        elif conversation.members[draft.sender_id].role.rank < conversation.permissions.send.rank:
+        conversation = self._judge_place(draft.conversation_id, draft.sender_id)
+        role = conversation.members[draft.sender_id].role
+        if conversation.type is ConversationType.GROUP and role.rank < conversation.permissions.send.rank:
             raise NotAllowed
         own = self._devices.peek(draft.sender_id)
         if own is None:
@@ -189,6 +224,18 @@ class Sending:
         if parsed.envelopes is not None:
             self._judge_envelopes(parsed, conversation, asked_auth)
         return signing_key
+
+    def _judge_place(self, conversation_id: UUID, user_id: UUID) -> Conversation:
+        conversation = self._directory.peek(conversation_id)
+        if conversation is None:
+            raise _Missing(lambda: self._load_conversation(conversation_id))
+        if user_id not in conversation.members:
+            raise NotAMember
+        if not conversation.is_active:
+            raise ConversationClosed
+        if conversation.type is ConversationType.DIRECT:
+            self._judge_contact(conversation, user_id)
+        return conversation
 
     def _judge_contact(self, conversation: Conversation, sender_id: UUID) -> None:
         for other in conversation.members:
@@ -254,7 +301,7 @@ class Sending:
             while queue:
                 waiting = queue[0]
                 try:
-                    signing_key = await self._judge_with_loads(waiting)
+                    signing_key = await self._with_loads(partial(self._judge, waiting.parsed))
                 except Failure as failure:
                     self._refuse(waiting.parsed, waiting.on_done, failure)
                 except Exception:
@@ -271,13 +318,15 @@ class Sending:
             for waiting in queue:
                 waiting.on_done(Unavailable(retry_after=1))
 
-    async def _judge_with_loads(self, waiting: _Waiting) -> bytes:
+    async def _with_loads(self, judge: Callable[[bool], T]) -> T:
+        """What `judge` says, after loading what it misses; it is told whether auth was asked for it."""
+        asked_auth = False
         for _ in range(_MAX_LOADS):
             try:
-                return self._judge(waiting.parsed, asked_auth=waiting.asked_auth)
+                return judge(asked_auth)
             except _Missing as missing:
                 await missing.load()
-                waiting.asked_auth |= missing.asks_auth
+                asked_auth |= missing.asks_auth
         raise Unavailable(retry_after=1)
 
     def _admit(self, parsed: Parsed, signing_key: bytes, on_done: OnDone) -> None:
