@@ -108,7 +108,13 @@ async def test_a_removed_member_is_out_at_once(stack: Stack) -> None:
         assert_problem(answer, 404, "conversation_not_found")
     assert_problem(await bob.get(f"/messages/{message['id']}/status"), 404, "message_not_found")
     event = (await ann.log(group))[-1]
-    assert event["payload"] == {"seq": 2, "user_id": bob.id, "removed_by": ann.id, "reason": "removed"}
+    assert event["payload"] == {
+        "seq": 2,
+        "user_id": bob.id,
+        "removed_by": ann.id,
+        "reason": "removed",
+        "rotate_sender_keys": True,
+    }
 
 
 @pytest.mark.parametrize(

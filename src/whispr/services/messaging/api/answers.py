@@ -29,6 +29,7 @@ def conversation(view: ConversationView, device_id: UUID) -> dict[str, Any]:
     last = view.last_message
     return {
         **msgspec.structs.asdict(view),
+        "permissions": view.permissions.filled(),
         "last_message": None if last is None else msgspec.Raw(render_message(last, device_id)),
     }
 

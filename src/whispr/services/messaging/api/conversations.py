@@ -114,8 +114,15 @@ def _add_conversations(router: APIRouter, service: Conversations) -> None:
     async def change_conversation(
         caller: CallerDep, conversation_id: UUID, body: ConversationChange
     ) -> Response:
-        """Change the metadata (in groups: owner and admins) or the caller's own settings."""
-        view = await service.change(conversation_id, caller.user_id, body.metadata, body.settings)
+        """Change the metadata (whom the permissions allow it), a group's permissions (its owner) or one's own settings."""
+        wanted = body.permissions.model_dump(exclude_none=True) if body.permissions is not None else {}
+        view = await service.change(
+            conversation_id,
+            caller.user_id,
+            body.metadata,
+            body.settings,
+            {action: Role(role) for action, role in wanted.items()},
+        )
         return answers.json_answer(answers.conversation(view, caller.device_id))
 
     @router.delete(
@@ -145,7 +152,7 @@ def _add_members(router: APIRouter, service: Members) -> None:
         tags=["members"],
     )
     async def add_members(caller: CallerDep, conversation_id: UUID, body: MemberAddition) -> Response:
-        """Add people to a group (owner and admins). They see what happens from now on.
+        """Add people to a group (whom the permissions allow it). They see what happens from now on.
 
         Who is a member already stays as they are, so the request can be repeated. A group has at most 1,000 members.
         """

@@ -84,6 +84,15 @@ class ConversationCreation(Body):
     )
 
 
+class PermissionsChange(Body):
+    """The least role that may do each thing; what is left out or null stays."""
+
+    send: RoleName | None = None
+    add_members: RoleName | None = None
+    pin: RoleName | None = None
+    edit_metadata: RoleName | None = None
+
+
 class ConversationChange(Body):
     """What to change; what is left out or null stays."""
 
@@ -91,6 +100,7 @@ class ConversationChange(Body):
     settings: Document | None = Field(
         None, description="Replaces the caller's own settings, seen by nobody else."
     )
+    permissions: PermissionsChange | None = Field(None, description="Of a group, by its owner.")
 
 
 class MemberAddition(Body):
@@ -193,6 +203,15 @@ class MessageView(_View):
     expires_at: datetime | None = Field(None, description="When the message will be erased, once known.")
 
 
+class PermissionsView(_View):
+    """The least role that may do each thing. In a direct conversation both may do all but add a third."""
+
+    send: RoleName
+    add_members: RoleName
+    pin: RoleName
+    edit_metadata: RoleName
+
+
 class ConversationView(_View):
     """CONVERSATION as the caller sees it."""
 
@@ -200,6 +219,8 @@ class ConversationView(_View):
     type: ConversationTypeName
     metadata: Document
     is_active: bool = Field(description="False once it is closed: history stays, nobody sends.")
+    permissions: PermissionsView
+    retention_seconds: int | None = Field(description="Age at which messages are erased, null for never.")
     created_by: UUID
     created_at: datetime
     updated_at: datetime

@@ -79,6 +79,19 @@ class Permissions(msgspec.Struct, frozen=True, omit_defaults=True):
     pin: Role = Role.ADMIN
     edit_metadata: Role = Role.ADMIN
 
+    def filled(self) -> dict[str, Role]:
+        """All of them by name; JSON of the struct itself leaves out what is as by default."""
+        return msgspec.structs.asdict(self)
+
+    @classmethod
+    def of(cls, conversation_type: ConversationType, stored: object) -> Permissions:
+        """From the row of a conversation."""
+        return msgspec.convert(stored, cls) if conversation_type is ConversationType.GROUP else _OF_TWO
+
+
+_OF_TWO: Final = Permissions(pin=Role.MEMBER, edit_metadata=Role.MEMBER, add_members=Role.OWNER)
+"""Both people are plain members and may do all but add a third."""
+
 
 class Conversation(msgspec.Struct, frozen=True):
     """A conversation as the hot path needs it: its kind and its active members by user id."""
@@ -331,3 +344,5 @@ class ConversationView(msgspec.Struct, frozen=True):
     member_count: int
     members: list[MemberView] | None
     last_message: Message | None
+    permissions: Permissions
+    retention_seconds: int | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -11,6 +11,7 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.cache import RateLimiter
+from whispr.kit.db import Connection
 from whispr.kit.ids import uuid7
 from whispr.services.messaging.models import (
     MAX_MEMBERS,
@@ -23,6 +24,7 @@ from whispr.services.messaging.models import (
     IdempotencyConflict,
     InvalidMembers,
     MemberRow,
+    NotAGroup,
     NotAllowed,
     Role,
     TooManyMembers,
@@ -30,7 +32,7 @@ from whispr.services.messaging.models import (
 )
 from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.privacy import ReadReceipts, without_reading
-from whispr.services.messaging.service.structure import Structure
+from whispr.services.messaging.service.structure import Structure, describe, require
 from whispr.services.messaging.store import conversations as store
 from whispr.services.messaging.store import members as member_store
 from whispr.services.messaging.store import views
@@ -194,11 +196,13 @@ class Conversations:
         user_id: UUID,
         metadata: dict[str, Any] | None,
         settings: dict[str, Any] | None,
+        permissions: Mapping[str, Role] | None = None,
     ) -> ConversationView:
-        """Replace the conversation's metadata (owner and admins of a group, both people of a direct conversation) or
-        the person's own settings of it; None leaves it.
+        """Replace the conversation's metadata (whom the permissions allow it), some of a group's permissions (its owner
+        alone: nobody lifts a limit that is on themselves), or the person's own settings; None leaves it.
 
-        Raises `ConversationNotFound`, `NotAllowed`, `ConversationClosed`, `InvalidDocument`, `DocumentTooLarge`.
+        Raises `ConversationNotFound`, `NotAGroup`, `NotAllowed`, `ConversationClosed`, `InvalidDocument`,
+        `DocumentTooLarge`.
         """
         for document in (metadata, settings):
             if document is not None:
@@ -208,10 +212,15 @@ class Conversations:
             row, actor = await self._structure.lock(tx, conversation_id, user_id)
             if settings is not None:
                 await member_store.set_settings(tx, conversation_id, user_id, settings)
+            changed = row
             if metadata is not None and metadata != row.metadata:
-                _check_may_change(row, actor)
+                require(row, actor, "edit_metadata")
                 await store.update_metadata(tx, conversation_id, metadata)
-                payload = {"is_active": row.is_active, "metadata": metadata, "updated_by": user_id}
+                changed = msgspec.structs.replace(changed, metadata=metadata)
+            if permissions:
+                changed = await _change_permissions(tx, changed, actor, permissions)
+            if changed != row:
+                payload = describe(changed, user_id)
                 events.append(
                     await store.append_event(
                         tx, conversation_id, "conversation_updated", payload, self._structure.clock.now()
@@ -252,8 +261,17 @@ class Conversations:
             await self._structure.committed(conversation_id, events)
 
 
-def _check_may_change(row: ConversationRow, actor: MemberRow) -> None:
+async def _change_permissions(
+    tx: Connection, row: ConversationRow, actor: MemberRow, wanted: Mapping[str, Role]
+) -> ConversationRow:
+    if row.type is not ConversationType.GROUP:
+        raise NotAGroup
+    permissions = msgspec.structs.replace(row.permissions, **wanted)
+    if permissions == row.permissions:
+        return row
     if not row.is_active:
         raise ConversationClosed
-    if row.type is ConversationType.GROUP and actor.role is Role.MEMBER:
-        raise NotAllowed("Only the owner and admins change a group's metadata.")
+    if actor.role is not Role.OWNER:
+        raise NotAllowed("Only the owner says who may do what.")
+    await store.set_permissions(tx, row.id, permissions)
+    return msgspec.structs.replace(row, permissions=permissions)

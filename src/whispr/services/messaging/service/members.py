@@ -22,7 +22,7 @@ from whispr.services.messaging.models import (
     TooManyMembers,
 )
 from whispr.services.messaging.service.privacy import ReadReceipts
-from whispr.services.messaging.service.structure import Structure
+from whispr.services.messaging.service.structure import Structure, require
 from whispr.services.messaging.store import conversations
 from whispr.services.messaging.store import members as store
 
@@ -34,7 +34,8 @@ class Members:
     """Changes of membership, each one event or more in the conversation's order.
 
     Owner over admin over member: one acts upon those below and gives roles below one's own; only the owner names
-    admins or hands the group over. Every rule is checked under the conversation's lock.
+    admins or hands the group over. Who may add people is among the group's permissions; a plain member who may adds
+    plain members. Every rule is checked under the conversation's lock.
     """
 
     def __init__(self, structure: Structure, read_receipts: ReadReceipts, limiter: RateLimiter) -> None:
@@ -168,8 +169,8 @@ def _check_may_add(row: ConversationRow | None, actor: MemberRow | None, role: R
     if row is None or actor is None:
         raise ConversationNotFound
     _check_open_group(row)
-    # A plain member gives none, and so adds nobody.
-    if role.rank >= actor.role.rank:
+    require(row, actor, "add_members")
+    if role is not Role.MEMBER and role.rank >= actor.role.rank:
         raise NotAllowed("One adds people only in roles below one's own.")
 
 

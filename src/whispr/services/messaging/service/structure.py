@@ -15,11 +15,13 @@ from whispr.services.messaging.models import (
     Blocked,
     CommittedEvent,
     ContactsOnly,
+    ConversationClosed,
     ConversationNotFound,
     ConversationRow,
     ConversationType,
     GroupNews,
     MemberRow,
+    NotAllowed,
     Role,
     UnknownUser,
 )
@@ -31,6 +33,30 @@ GROUP_EVENT = "group_event"
 
 MEMBERS_IN_NOTICE = 100
 """`conversation_added` of a larger group comes without its members: it goes to every one of them."""
+
+
+Action = Literal["send", "add_members", "pin", "edit_metadata"]
+"""What a group's permissions speak of."""
+
+
+def require(row: ConversationRow, member: MemberRow, action: Action) -> None:
+    """Raises `ConversationClosed`, or `NotAllowed` with the least `role` that may."""
+    if not row.is_active:
+        raise ConversationClosed
+    least: Role = getattr(row.permissions, action)
+    if member.role.rank < least.rank:
+        raise NotAllowed(action=action, role=least)
+
+
+def describe(row: ConversationRow, by: UUID) -> dict[str, Any]:
+    """The payload of `conversation_updated`: the whole state, so that nobody needs an earlier one."""
+    return {
+        "is_active": row.is_active,
+        "metadata": row.metadata,
+        "permissions": row.permissions.filled(),
+        "retention_seconds": row.retention_seconds,
+        "updated_by": by,
+    }
 
 
 class Verdict(Protocol):
@@ -120,7 +146,7 @@ class Structure:
     async def close(self, tx: Connection, row: ConversationRow, by: UUID) -> CommittedEvent:
         """End all sending in a conversation that the transaction holds."""
         await conversations.close(tx, row.id)
-        payload = {"is_active": False, "metadata": row.metadata, "updated_by": by}
+        payload = describe(msgspec.structs.replace(row, is_active=False), by)
         return await conversations.append_event(tx, row.id, "conversation_updated", payload, self.clock.now())
 
     async def end_membership(
@@ -143,7 +169,18 @@ class Structure:
                     {"user_id": heir.user_id, "role": Role.OWNER, "updated_by": member.user_id},
                 )
             )
-        changes.append(("member_removed", {"user_id": member.user_id, "removed_by": by, "reason": reason}))
+        # Whoever is gone still has the keys that the others encrypt with: they make new ones.
+        changes.append(
+            (
+                "member_removed",
+                {
+                    "user_id": member.user_id,
+                    "removed_by": by,
+                    "reason": reason,
+                    "rotate_sender_keys": True,
+                },
+            )
+        )
         events = await conversations.append_events(tx, row.id, changes, now)
         await members.leave(tx, row.id, member.user_id, events[-1].seq, now)
         if row.is_active and (not rest or row.type is ConversationType.DIRECT):
@@ -190,6 +227,8 @@ class Structure:
             "type": row.type,
             "metadata": row.metadata,
             "is_active": row.is_active,
+            "permissions": row.permissions.filled(),
+            "retention_seconds": row.retention_seconds,
             "created_by": row.created_by,
             "created_at": row.created_at,
             "updated_at": row.updated_at,

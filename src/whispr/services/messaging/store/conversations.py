@@ -19,16 +19,17 @@ _COLUMNS = (
 
 
 def _row(record: Any) -> ConversationRow:
+    conversation_type = ConversationType(record["type"])
     return ConversationRow(
         id=record["id"],
-        type=ConversationType(record["type"]),
+        type=conversation_type,
         metadata=record["metadata"],
         is_active=record["is_active"],
         created_by=record["created_by"],
         last_seq=record["last_seq"],
         created_at=record["created_at"],
         updated_at=record["updated_at"],
-        permissions=msgspec.convert(record["permissions"], Permissions),
+        permissions=Permissions.of(conversation_type, record["permissions"]),
         retention_seconds=record["retention_seconds"],
         purged_seq=record["purged_seq"],
     )

@@ -7,8 +7,6 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import msgspec
-
 from whispr.kit.db import Connection
 from whispr.services.messaging.models import (
     Conversation,
@@ -51,11 +49,12 @@ async def load_conversation(connection: Connection, conversation_id: UUID) -> Co
     )
     if not records:
         return None
+    conversation_type = ConversationType(records[0]["type"])
     return Conversation(
         id=conversation_id,
-        type=ConversationType(records[0]["type"]),
+        type=conversation_type,
         is_active=records[0]["is_active"],
-        permissions=msgspec.convert(records[0]["permissions"], Permissions),
+        permissions=Permissions.of(conversation_type, records[0]["permissions"]),
         members={
             record["user_id"]: Member(Role(record["role"]), record["floor_seq"])
             for record in records

@@ -7,7 +7,13 @@ from typing import Any
 from uuid import UUID
 
 from whispr.kit.db import Connection
-from whispr.services.messaging.models import ConversationType, ConversationView, MemberView, Role
+from whispr.services.messaging.models import (
+    ConversationType,
+    ConversationView,
+    MemberView,
+    Permissions,
+    Role,
+)
 from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_from
 
 UNREAD_LIMIT = 1_000
@@ -16,6 +22,7 @@ _MESSAGE = ", ".join(f"last.{name.strip()} AS message_{name.strip()}" for name i
 
 _VIEW = f"""
     SELECT c.id, c.type, c.metadata, c.is_active, c.created_by, c.created_at, c.updated_at, c.last_seq,
+           c.permissions, c.retention_seconds,
            m.role, m.settings, m.delivered_seq, m.read_seq,
            (SELECT count(*) FROM (
                 SELECT FROM messages u
@@ -38,11 +45,14 @@ def _view(record: Any, members: list[MemberView] | None) -> ConversationView:
     last = None
     if record["message_id"] is not None:
         last = message_from({name: record[f"message_{name}"] for name in _MESSAGE_NAMES})
+    conversation_type = ConversationType(record["type"])
     return ConversationView(
         id=record["id"],
-        type=ConversationType(record["type"]),
+        type=conversation_type,
         metadata=record["metadata"],
         is_active=record["is_active"],
+        permissions=Permissions.of(conversation_type, record["permissions"]),
+        retention_seconds=record["retention_seconds"],
         created_by=record["created_by"],
         created_at=record["created_at"],
         updated_at=record["updated_at"],
