@@ -171,3 +171,45 @@ class SchedulingUnavailable(Failure):
 
     kind = Kind.UNAVAILABLE
     code = "scheduling_unavailable"
+
+
+class Rescheduled(Failure):
+    """The scheduled message is not what it was when it was read."""
+
+    kind = Kind.CONFLICT
+    code = "rescheduled"
+
+
+class InvalidSendAt(Failure):
+    """A message is scheduled for a time between now and a year from now."""
+
+    kind = Kind.INVALID
+    code = "invalid_send_at"
+
+
+class TooManyScheduled(Failure):
+    """A person has at most 100 scheduled messages that are not sent."""
+
+    kind = Kind.CONFLICT
+    code = "too_many_scheduled"
+
+
+class ScheduledNotFound(Failure):
+    """You have no such scheduled message."""
+
+    kind = Kind.NOT_FOUND
+    code = "scheduled_not_found"
+
+
+class AlreadySent(Failure):
+    """The message was sent already."""
+
+    kind = Kind.CONFLICT
+    code = "already_sent"
+
+
+class NotPending(Failure):
+    """The scheduled message was cancelled, or it failed."""
+
+    kind = Kind.CONFLICT
+    code = "not_pending"

@@ -221,10 +221,17 @@ class CommittedEvent(msgspec.Struct, frozen=True):
     content: Content | None = None
 
 
+class PlanRef(msgspec.Struct, frozen=True):
+    """A scheduled message as it was read: it is sent only if it is still pending and this very version."""
+
+    id: UUID
+    version: int
+
+
 class Draft(msgspec.Struct, frozen=True):
     """A message someone wants to send, from either door, unchecked but for its types.
 
-    `content` is CONTENT as JSON, as the client wrote it; `signature` is raw bytes.
+    `content` is CONTENT as JSON, as the client wrote it; `signature` is raw bytes. `plan`: it was scheduled.
     """
 
     conversation_id: UUID
@@ -238,6 +245,42 @@ class Draft(msgspec.Struct, frozen=True):
     media_ids: tuple[UUID, ...] = ()
     expires_in: int | None = None
     expires_from_read: bool = False
+    plan: PlanRef | None = None
+
+
+class PlanStatus(StrEnum):
+    """Where a scheduled message is. The first two can be changed and cancelled."""
+
+    PENDING = "pending"
+    NEEDS_REENCRYPT = "needs_reencrypt"
+    SENT = "sent"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may still be sent."""
+        return self in (PlanStatus.PENDING, PlanStatus.NEEDS_REENCRYPT)
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A scheduled message. `draft` is what will be sent, its content empty once it was sent or cancelled.
+
+    `failure` is the code of what keeps it from being sent. `version` counts its author's changes.
+    """
+
+    id: UUID
+    draft: Draft
+    content_sha256: bytes
+    send_at: datetime
+    status: PlanStatus
+    failure: str | None
+    message_id: UUID | None
+    due_at: datetime
+    attempts: int
+    version: int
+    created_at: datetime
+    updated_at: datetime
 
 
 class SendResult(msgspec.Struct, frozen=True):

@@ -33,6 +33,7 @@ from whispr.services.messaging.models import (
     NotAllowed,
     NotAMember,
     ReplyNotFound,
+    Rescheduled,
     SendResult,
     expires_from,
     message_event,
@@ -56,6 +57,7 @@ _REFUSALS: Final[dict[store.Outcome, type[Failure]]] = {
     store.Outcome.CLOSED: ConversationClosed,
     store.Outcome.REPLY_NOT_FOUND: ReplyNotFound,
     store.Outcome.NOT_ALLOWED: NotAllowed,
+    store.Outcome.RESCHEDULED: Rescheduled,
 }
 
 
@@ -103,6 +105,7 @@ class Admitted:
             draft.media_ids,
             draft.expires_in,
             draft.expires_from_read,
+            draft.plan,
         )
 
     def message(self, stored: store.Stored) -> Message:

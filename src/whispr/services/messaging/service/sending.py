@@ -76,10 +76,6 @@ class _Waiting:
         self.on_done = on_done
 
 
-def _nobody(_: SendResult | Failure) -> None:
-    """Waits for no answer."""
-
-
 class Sending:
     """Takes drafts, answers each exactly once, and publishes what was stored. `run()` is its supervised loop.
 
@@ -185,17 +181,6 @@ class Sending:
         Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser` or `Unavailable`.
         """
         await self._with_loads(lambda _: self._judge_place(conversation_id, user_id))
-
-    async def judge(self, draft: Draft) -> Parsed:
-        """Hold `draft` against everything that sending it would be held against, but for its client id and its reply.
-
-        Raises what `submit` answers with.
-        """
-        parsed = parse(draft)
-        signing_key = await self._judge_with_loads(_Waiting(parsed, _nobody))
-        if not all(await self._signatures.check([(signing_key, parsed.signed, draft.signature)])):
-            raise BadSignature
-        return parsed
 
     async def drain(self) -> None:
         """Wait until everything submitted is answered."""

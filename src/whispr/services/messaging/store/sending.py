@@ -11,7 +11,7 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.db import Connection
-from whispr.services.messaging.models import Message
+from whispr.services.messaging.models import Message, PlanRef
 from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_from
 
 PLANNER: Final = {
@@ -39,6 +39,8 @@ class Outcome(IntEnum):
     """Someone else wrote to the conversation while the batch waited for it; store it again, locked first."""
     REPLY_NOT_FOUND = 6
     NOT_ALLOWED = 7
+    RESCHEDULED = 8
+    """A scheduled message that was changed, cancelled or sent since it was read."""
 
 
 class NewMessage(msgspec.Struct, frozen=True, gc=False):
@@ -57,6 +59,7 @@ class NewMessage(msgspec.Struct, frozen=True, gc=False):
     media_ids: tuple[UUID, ...]
     expires_in: int | None
     expires_from_read: bool
+    plan: PlanRef | None
 
 
 class Stored(msgspec.Struct, frozen=True, gc=False):
@@ -86,7 +89,9 @@ async def store_batch(
 
     Everything is judged by the statement's snapshot, taken before it waits for the row locks, so a conversation whose
     `last_seq` moved meanwhile is answered STALE and left alone. Every change of membership moves `last_seq` too.
+    Scheduled messages are looked at after they are locked, and are marked as sent by the same statement that sends them.
     """
+    planned = [(message.id, message.plan) for message in messages if message.plan is not None]
     columns = tuple(
         zip(
             *(
@@ -115,6 +120,9 @@ async def store_batch(
         *columns,
         sorted({message.conversation_id for message in messages}),
         sent_at,
+        [message_id for message_id, _ in planned],
+        [plan.id for _, plan in planned],
+        [plan.version for _, plan in planned],
         timeout=timeout,
     )
     return [Stored(_OUTCOMES[row[0]], row[1], row[2], row[3]) for row in rows]
@@ -139,6 +147,13 @@ WITH draft AS MATERIALIZED (
     SELECT id, last_seq, is_active, permissions ->> 'send' AS send_role,
         last_seq = (SELECT seen.last_seq FROM conversations seen WHERE seen.id = locked.id) AS is_current
     FROM locked
+), planned AS MATERIALIZED (
+    -- Conversations first, as everybody locks them. Whoever changes or cancels one meanwhile has won.
+    SELECT s.id, p.message_id
+    FROM unnest($16::uuid[], $17::uuid[], $18::int[]) AS p (message_id, id, version)
+    JOIN scheduled_messages s ON s.id = p.id AND s.version = p.version AND s.status = 'pending'
+    WHERE (SELECT count(*) FROM locked) > 0
+    FOR UPDATE OF s
 ), numbered AS MATERIALIZED (
     SELECT judged.*,
         last_seq + count(*) FILTER (WHERE outcome = 0) OVER (PARTITION BY conversation_id ORDER BY ord) AS seq
@@ -153,6 +168,7 @@ WITH draft AS MATERIALIZED (
                 WHEN NOT room.is_active THEN 4
                 WHEN room.send_role <> 'member' AND member.role <> 'owner' AND member.role <> room.send_role THEN 7
                 WHEN d.reply_to_id IS NOT NULL AND target.seq IS NULL THEN 6
+                WHEN d.id = ANY ($16::uuid[]) AND d.id NOT IN (SELECT message_id FROM planned) THEN 8
                 ELSE 0
             END AS outcome
         FROM draft d
@@ -199,6 +215,11 @@ WITH draft AS MATERIALIZED (
             'conversation_id', conversation_id, 'first_seq', first_seq, 'last_seq', last_seq
         )))
     FROM span HAVING count(*) > 0
+), fired AS (
+    UPDATE scheduled_messages s
+    SET status = 'sent', failure = NULL, message_id = planned.message_id, content = '', signature = '', updated_at = $15
+    FROM planned JOIN numbered ON numbered.id = planned.message_id AND numbered.outcome = 0
+    WHERE s.id = planned.id AND cardinality($16::uuid[]) > 0
 ), pictured AS (
     INSERT INTO message_media (media_id, conversation_id, message_id, sender_id, seq)
     SELECT unnest(media_ids::uuid[]), conversation_id, id, sender_id, seq
