@@ -22,19 +22,32 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n whispr/contracts/messaging.proto\x12\tmessaging\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"/\n\x11\x45raseUserResponse\x12\x1a\n\x12\x63onversations_left\x18\x01 \x01(\x03\x32Z\n\x10MessagingService\x12\x46\n\tEraseUser\x12\x1b.messaging.EraseUserRequest\x1a\x1c.messaging.EraseUserResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n whispr/contracts/messaging.proto\x12\tmessaging\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"/\n\x11\x45raseUserResponse\x12\x1a\n\x12\x63onversations_left\x18\x01 \x01(\x03\"5\n\x1d\x43leanupExpiredMessagesRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"O\n\x1e\x43leanupExpiredMessagesResponse\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0e\n\x06purged\x18\x02 \x01(\x03\x12\x0c\n\x04more\x18\x03 \x01(\x08\"R\n\x1b\x41uthorizeMediaAccessRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08media_id\x18\x02 \x01(\t\x12\x10\n\x08owner_id\x18\x03 \x01(\t\"/\n\x1c\x41uthorizeMediaAccessResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\"\x87\x01\n\x1aGenerateUsageReportRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12(\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x1bGenerateUsageReportResponse\x12\x0e\n\x06report\x18\x01 \x01(\t2\x98\x03\n\x10MessagingService\x12\x46\n\tEraseUser\x12\x1b.messaging.EraseUserRequest\x1a\x1c.messaging.EraseUserResponse\x12m\n\x16\x43leanupExpiredMessages\x12(.messaging.CleanupExpiredMessagesRequest\x1a).messaging.CleanupExpiredMessagesResponse\x12g\n\x14\x41uthorizeMediaAccess\x12&.messaging.AuthorizeMediaAccessRequest\x1a\'.messaging.AuthorizeMediaAccessResponse\x12\x64\n\x13GenerateUsageReport\x12%.messaging.GenerateUsageReportRequest\x1a&.messaging.GenerateUsageReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'whispr.contracts.messaging_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERASEUSERREQUEST']._serialized_start=47
-  _globals['_ERASEUSERREQUEST']._serialized_end=104
-  _globals['_ERASEUSERRESPONSE']._serialized_start=106
-  _globals['_ERASEUSERRESPONSE']._serialized_end=153
-  _globals['_MESSAGINGSERVICE']._serialized_start=155
-  _globals['_MESSAGINGSERVICE']._serialized_end=245
+  _globals['_ERASEUSERREQUEST']._serialized_start=80
+  _globals['_ERASEUSERREQUEST']._serialized_end=137
+  _globals['_ERASEUSERRESPONSE']._serialized_start=139
+  _globals['_ERASEUSERRESPONSE']._serialized_end=186
+  _globals['_CLEANUPEXPIREDMESSAGESREQUEST']._serialized_start=188
+  _globals['_CLEANUPEXPIREDMESSAGESREQUEST']._serialized_end=241
+  _globals['_CLEANUPEXPIREDMESSAGESRESPONSE']._serialized_start=243
+  _globals['_CLEANUPEXPIREDMESSAGESRESPONSE']._serialized_end=322
+  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_start=324
+  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_end=406
+  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_start=408
+  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_end=455
+  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_start=458
+  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_end=593
+  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_start=595
+  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_end=640
+  _globals['_MESSAGINGSERVICE']._serialized_start=643
+  _globals['_MESSAGINGSERVICE']._serialized_end=1051
 # @@protoc_insertion_point(module_scope)

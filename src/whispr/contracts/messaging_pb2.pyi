@@ -1,6 +1,10 @@
+import datetime
+
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from typing import ClassVar as _ClassVar, Optional as _Optional
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -17,3 +21,50 @@ class EraseUserResponse(_message.Message):
     CONVERSATIONS_LEFT_FIELD_NUMBER: _ClassVar[int]
     conversations_left: int
     def __init__(self, conversations_left: _Optional[int] = ...) -> None: ...
+
+class CleanupExpiredMessagesRequest(_message.Message):
+    __slots__ = ("operation_id",)
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    def __init__(self, operation_id: _Optional[str] = ...) -> None: ...
+
+class CleanupExpiredMessagesResponse(_message.Message):
+    __slots__ = ("expired", "purged", "more")
+    EXPIRED_FIELD_NUMBER: _ClassVar[int]
+    PURGED_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    expired: int
+    purged: int
+    more: bool
+    def __init__(self, expired: _Optional[int] = ..., purged: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
+
+class AuthorizeMediaAccessRequest(_message.Message):
+    __slots__ = ("user_id", "media_id", "owner_id")
+    USER_ID_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_ID_FIELD_NUMBER: _ClassVar[int]
+    OWNER_ID_FIELD_NUMBER: _ClassVar[int]
+    user_id: str
+    media_id: str
+    owner_id: str
+    def __init__(self, user_id: _Optional[str] = ..., media_id: _Optional[str] = ..., owner_id: _Optional[str] = ...) -> None: ...
+
+class AuthorizeMediaAccessResponse(_message.Message):
+    __slots__ = ("allowed",)
+    ALLOWED_FIELD_NUMBER: _ClassVar[int]
+    allowed: bool
+    def __init__(self, allowed: _Optional[bool] = ...) -> None: ...
+
+class GenerateUsageReportRequest(_message.Message):
+    __slots__ = ("operation_id", "until")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    FROM_FIELD_NUMBER: _ClassVar[int]
+    UNTIL_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    until: _timestamp_pb2.Timestamp
+    def __init__(self, operation_id: _Optional[str] = ..., until: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., **kwargs) -> None: ...
+
+class GenerateUsageReportResponse(_message.Message):
+    __slots__ = ("report",)
+    REPORT_FIELD_NUMBER: _ClassVar[int]
+    report: str
+    def __init__(self, report: _Optional[str] = ...) -> None: ...

@@ -39,6 +39,21 @@ class MessagingServiceStub:
                 request_serializer=whispr_dot_contracts_dot_messaging__pb2.EraseUserRequest.SerializeToString,
                 response_deserializer=whispr_dot_contracts_dot_messaging__pb2.EraseUserResponse.FromString,
                 _registered_method=True)
+        self.CleanupExpiredMessages = channel.unary_unary(
+                '/messaging.MessagingService/CleanupExpiredMessages',
+                request_serializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.SerializeToString,
+                response_deserializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.FromString,
+                _registered_method=True)
+        self.AuthorizeMediaAccess = channel.unary_unary(
+                '/messaging.MessagingService/AuthorizeMediaAccess',
+                request_serializer=whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessRequest.SerializeToString,
+                response_deserializer=whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessResponse.FromString,
+                _registered_method=True)
+        self.GenerateUsageReport = channel.unary_unary(
+                '/messaging.MessagingService/GenerateUsageReport',
+                request_serializer=whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportRequest.SerializeToString,
+                response_deserializer=whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportResponse.FromString,
+                _registered_method=True)
 
 
 class MessagingServiceServicer:
@@ -51,6 +66,28 @@ class MessagingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CleanupExpiredMessages(self, request, context):
+        """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
+        Repeating it goes on where it stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AuthorizeMediaAccess(self, request, context):
+        """Called by media before it gives a medium of somebody else's away.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateUsageReport(self, request, context):
+        """Reads only, so the operation leaves nothing behind.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MessagingServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +95,21 @@ def add_MessagingServiceServicer_to_server(servicer, server):
                     servicer.EraseUser,
                     request_deserializer=whispr_dot_contracts_dot_messaging__pb2.EraseUserRequest.FromString,
                     response_serializer=whispr_dot_contracts_dot_messaging__pb2.EraseUserResponse.SerializeToString,
+            ),
+            'CleanupExpiredMessages': grpc.unary_unary_rpc_method_handler(
+                    servicer.CleanupExpiredMessages,
+                    request_deserializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.FromString,
+                    response_serializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.SerializeToString,
+            ),
+            'AuthorizeMediaAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.AuthorizeMediaAccess,
+                    request_deserializer=whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessRequest.FromString,
+                    response_serializer=whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessResponse.SerializeToString,
+            ),
+            'GenerateUsageReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GenerateUsageReport,
+                    request_deserializer=whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportRequest.FromString,
+                    response_serializer=whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +139,87 @@ class MessagingService:
             '/messaging.MessagingService/EraseUser',
             whispr_dot_contracts_dot_messaging__pb2.EraseUserRequest.SerializeToString,
             whispr_dot_contracts_dot_messaging__pb2.EraseUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CleanupExpiredMessages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/messaging.MessagingService/CleanupExpiredMessages',
+            whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.SerializeToString,
+            whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AuthorizeMediaAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/messaging.MessagingService/AuthorizeMediaAccess',
+            whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessRequest.SerializeToString,
+            whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateUsageReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/messaging.MessagingService/GenerateUsageReport',
+            whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportRequest.SerializeToString,
+            whispr_dot_contracts_dot_messaging__pb2.GenerateUsageReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

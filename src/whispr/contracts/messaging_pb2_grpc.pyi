@@ -33,12 +33,28 @@ class MessagingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> MessagingServiceAsyncStub: ...
     EraseUser: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.EraseUserRequest, _messaging_pb2.EraseUserResponse]
     """Called by auth when an account is deleted: memberships end, what the person sent stays as its ciphertext."""
+    CleanupExpiredMessages: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.CleanupExpiredMessagesRequest, _messaging_pb2.CleanupExpiredMessagesResponse]
+    """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
+    Repeating it goes on where it stopped.
+    """
+    AuthorizeMediaAccess: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.AuthorizeMediaAccessRequest, _messaging_pb2.AuthorizeMediaAccessResponse]
+    """Called by media before it gives a medium of somebody else's away."""
+    GenerateUsageReport: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.GenerateUsageReportRequest, _messaging_pb2.GenerateUsageReportResponse]
+    """Reads only, so the operation leaves nothing behind."""
 
 @_typing.type_check_only
 class MessagingServiceAsyncStub(MessagingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     EraseUser: _aio.UnaryUnaryMultiCallable[_messaging_pb2.EraseUserRequest, _messaging_pb2.EraseUserResponse]  # type: ignore[assignment]
     """Called by auth when an account is deleted: memberships end, what the person sent stays as its ciphertext."""
+    CleanupExpiredMessages: _aio.UnaryUnaryMultiCallable[_messaging_pb2.CleanupExpiredMessagesRequest, _messaging_pb2.CleanupExpiredMessagesResponse]  # type: ignore[assignment]
+    """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
+    Repeating it goes on where it stopped.
+    """
+    AuthorizeMediaAccess: _aio.UnaryUnaryMultiCallable[_messaging_pb2.AuthorizeMediaAccessRequest, _messaging_pb2.AuthorizeMediaAccessResponse]  # type: ignore[assignment]
+    """Called by media before it gives a medium of somebody else's away."""
+    GenerateUsageReport: _aio.UnaryUnaryMultiCallable[_messaging_pb2.GenerateUsageReportRequest, _messaging_pb2.GenerateUsageReportResponse]  # type: ignore[assignment]
+    """Reads only, so the operation leaves nothing behind."""
 
 class MessagingServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -48,5 +64,31 @@ class MessagingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_messaging_pb2.EraseUserResponse, _abc.Awaitable[_messaging_pb2.EraseUserResponse]]:
         """Called by auth when an account is deleted: memberships end, what the person sent stays as its ciphertext."""
+
+    @_abc_1.abstractmethod
+    def CleanupExpiredMessages(
+        self,
+        request: _messaging_pb2.CleanupExpiredMessagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_messaging_pb2.CleanupExpiredMessagesResponse, _abc.Awaitable[_messaging_pb2.CleanupExpiredMessagesResponse]]:
+        """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
+        Repeating it goes on where it stopped.
+        """
+
+    @_abc_1.abstractmethod
+    def AuthorizeMediaAccess(
+        self,
+        request: _messaging_pb2.AuthorizeMediaAccessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_messaging_pb2.AuthorizeMediaAccessResponse, _abc.Awaitable[_messaging_pb2.AuthorizeMediaAccessResponse]]:
+        """Called by media before it gives a medium of somebody else's away."""
+
+    @_abc_1.abstractmethod
+    def GenerateUsageReport(
+        self,
+        request: _messaging_pb2.GenerateUsageReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_messaging_pb2.GenerateUsageReportResponse, _abc.Awaitable[_messaging_pb2.GenerateUsageReportResponse]]:
+        """Reads only, so the operation leaves nothing behind."""
 
 def add_MessagingServiceServicer_to_server(servicer: MessagingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

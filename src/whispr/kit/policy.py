@@ -43,6 +43,10 @@ CALLS: Mapping[str, frozenset[str]] = MappingProxyType(
         "/user.UserService/GenerateActivityReport": _only("scheduling"),
         "/user.UserService/CleanupInactiveUsers": _only("scheduling"),
         "/messaging.MessagingService/EraseUser": _only("auth"),
+        "/messaging.MessagingService/CleanupExpiredMessages": _only("scheduling"),
+        "/messaging.MessagingService/AuthorizeMediaAccess": _only("media"),
+        "/messaging.MessagingService/GenerateUsageReport": _only("scheduling"),
+        "/media.MediaService/LinkMedia": _only("messaging"),
         "/notification.EventService/PublishEvents": _only("media", "messaging", "moderation", "user"),
         "/kit.MaintenanceService/RunMaintenance": _only("scheduling"),
     }
