@@ -132,6 +132,19 @@ async def test_rows_without_a_handler_wait_and_expire(db: Database) -> None:
     assert await count(db) == 0
 
 
+async def test_rows_of_a_lasting_topic_wait_for_ever(db: Database) -> None:
+    clock = ManualClock()
+    await write(db, "1", topic="nobody")
+    await write(db, "2", topic="lasting")
+    dispatcher = Dispatcher(
+        db, clock, {"a": Receiver().take}, ttl=timedelta(hours=24), lasting={"lasting", "unused"}
+    )
+    clock.advance(1_000 * 3600)
+    await dispatcher._housekeep()
+    async with db.connection() as connection:
+        assert list(await outbox.pending(connection)) == ["lasting"]
+
+
 async def test_a_dispatcher_that_dies_only_delays_its_rows(db: Database) -> None:
     clock, stuck = ManualClock(), asyncio.Event()
 

@@ -3,7 +3,7 @@
 A row is sent at least once; the receiving end is idempotent by a key derived from the row. The dispatcher leases rows
 instead of locking them, so that no transaction is open during a remote call and a dispatcher that dies only delays
 its rows by the lease. Rows of a topic that has no handler (its neighbour does not run here) wait, until `ttl` if one
-is given.
+is given and the topic is not one of the `lasting` ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -120,14 +120,19 @@ async def _postpone(connection: Connection, ids: Sequence[int], due_at: datetime
     )
 
 
-async def _expire(connection: Connection, before: datetime, limit: int) -> list[str]:
+async def _expire(
+    connection: Connection, before: datetime, limit: int, lasting: Collection[str]
+) -> list[str]:
     rows = await connection.fetch(
         """
-        DELETE FROM outbox WHERE id IN (SELECT id FROM outbox WHERE created_at < $1 ORDER BY id LIMIT $2)
+        DELETE FROM outbox WHERE id IN (
+            SELECT id FROM outbox WHERE created_at < $1 AND topic <> ALL($3) ORDER BY id LIMIT $2
+        )
         RETURNING topic
         """,
         before,
         limit,
+        list(lasting),
     )
     return [row["topic"] for row in rows]
 
@@ -157,6 +162,7 @@ class Dispatcher:
         batch: int = 200,
         idle: float = 1.0,
         ttl: timedelta | None = None,
+        lasting: Collection[str] = (),
     ) -> None:
         self._db = db
         self._clock = clock
@@ -164,6 +170,7 @@ class Dispatcher:
         self._batch = batch
         self._idle = idle
         self._ttl = ttl
+        self._lasting = frozenset(lasting)
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -243,7 +250,8 @@ class Dispatcher:
     async def _housekeep(self) -> None:
         async with self._db.connection() as connection:
             if self._ttl is not None:
-                for topic in await _expire(connection, self._clock.now() - self._ttl, 5_000):
+                before = self._clock.now() - self._ttl
+                for topic in await _expire(connection, before, 5_000, self._lasting):
                     metrics.outbox_rows.labels(topic=topic, outcome="expired").inc()
             waiting = await pending(connection)
         now = self._clock.now()
