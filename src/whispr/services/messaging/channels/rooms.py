@@ -13,7 +13,13 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.channels import Channel
-from whispr.services.messaging.models import CommittedEvent, Membership, render_event, render_payload
+from whispr.services.messaging.models import (
+    CommittedEvent,
+    Membership,
+    render_event,
+    render_payload,
+    seen_above,
+)
 from whispr.services.messaging.service.events import EventBus
 
 if TYPE_CHECKING:
@@ -53,6 +59,8 @@ class RoomChannel(Channel):
             self.backlog.append(event)
         elif event.seq > self.mark:
             self.mark = event.seq
+            if event.message_seq and (seen := self._seen(event)) is not event:
+                event, tails = seen, {}
             self.deliver(self._tail(event, tails))
             if event.event == "member_removed" and _decode_removal(event.payload).user_id == self.user_id:
                 self.close()
@@ -72,6 +80,10 @@ class RoomChannel(Channel):
     def user_id(self) -> UUID:
         """Who listens."""
         return self.socket.caller.user_id
+
+    def _seen(self, event: CommittedEvent) -> CommittedEvent:
+        assert self.membership is not None, "a channel takes events after its join"
+        return seen_above(event, self.membership.floor_seq)
 
     def _tail(self, event: CommittedEvent, tails: Tails) -> bytes:
         serializer = self.socket.serializer

@@ -26,6 +26,34 @@ class MessageNotFound(Failure):
     code = "message_not_found"
 
 
+class MessageDeleted(Failure):
+    """The message was deleted."""
+
+    kind = Kind.CONFLICT
+    code = "message_deleted"
+
+
+class InvalidReaction(Failure):
+    """A reaction is 1 to 64 characters of text."""
+
+    kind = Kind.INVALID
+    code = "invalid_reaction"
+
+
+class TooManyReactions(Failure):
+    """A message has at most 20 different reactions, 5 of one person."""
+
+    kind = Kind.CONFLICT
+    code = "too_many_reactions"
+
+
+class TooManyPins(Failure):
+    """A conversation has at most 100 pinned messages."""
+
+    kind = Kind.CONFLICT
+    code = "too_many_pins"
+
+
 class MemberNotFound(Failure):
     """This person is not in the conversation."""
 

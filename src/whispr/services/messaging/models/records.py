@@ -210,8 +210,9 @@ class Content(msgspec.Struct, frozen=True):
 class CommittedEvent(msgspec.Struct, frozen=True):
     """One entry of a conversation's log, after its commit.
 
-    `payload` is the JSON everybody shares. For `new_message` it is MESSAGE without `content`: a writer puts
-    `,"content":…}` in place of its last byte, with `content.for_device(…)`. `content` is None for other events.
+    `payload` is the JSON everybody shares, but without the content of the MESSAGE that `new_message` is and that
+    `message_edited` holds: `render_payload` puts in what a device gets of `content`, which is None for other events.
+    `message_seq` is that of the edited message, 0 for other events: who does not see that one must not see the edit.
     """
 
     conversation_id: UUID
@@ -219,6 +220,7 @@ class CommittedEvent(msgspec.Struct, frozen=True):
     event: str
     payload: bytes
     content: Content | None = None
+    message_seq: int = 0
 
 
 class PlanRef(msgspec.Struct, frozen=True):

@@ -17,7 +17,16 @@ class _StoredContent(msgspec.Struct):
     commitment: str | None = None
 
 
+class _Named(msgspec.Struct):
+    id: UUID
+
+
+class _Edited(msgspec.Struct):
+    message: _Named
+
+
 _decode_content = msgspec.json.Decoder(_StoredContent).decode
+_decode_edited = msgspec.json.Decoder(_Edited).decode
 
 
 def split_content(content: bytes) -> Content:
@@ -59,11 +68,40 @@ def message_event(message: Message) -> CommittedEvent:
     )
 
 
+def edited_event(seq: int, message: Message) -> CommittedEvent:
+    """The `message_edited` entry `seq` of the log, with the message as it is now."""
+    head = message.head
+    return CommittedEvent(
+        conversation_id=head.conversation_id,
+        seq=seq,
+        event="message_edited",
+        payload=b'{"seq":%d,"message":%b}' % (seq, encode_head(head)),
+        content=split_content(message.content),
+        message_seq=head.seq,
+    )
+
+
+def unseen_event(conversation_id: UUID, seq: int, message_id: UUID) -> CommittedEvent:
+    """What stands in the log for an edit of a message that is purged, or that the reader may not see."""
+    payload = _encode({"seq": seq, "message_id": message_id, "deleted_by": None})
+    return CommittedEvent(conversation_id, seq, "message_deleted", payload)
+
+
+def seen_above(event: CommittedEvent, floor_seq: int) -> CommittedEvent:
+    """The event for a person who sees what is above `floor_seq`."""
+    if event.message_seq == 0 or event.message_seq > floor_seq:
+        return event
+    return unseen_event(event.conversation_id, event.seq, _decode_edited(event.payload).message.id)
+
+
 def render_payload(event: CommittedEvent, device_id: UUID) -> bytes:
     """The JSON of an event's payload as one device gets it."""
     if event.content is None:
         return event.payload
-    return b'%b,"content":%b}' % (event.payload[:-1], event.content.for_device(device_id))
+    content = event.content.for_device(device_id)
+    if event.message_seq:
+        return b'%b,"content":%b}}' % (event.payload[:-2], content)
+    return b'%b,"content":%b}' % (event.payload[:-1], content)
 
 
 def render_event(event: CommittedEvent, device_id: UUID) -> bytes:

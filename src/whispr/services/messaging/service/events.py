@@ -53,6 +53,11 @@ _MAX_HELD: Final = 1_000
 _MAX_OUTGOING: Final = 20_000
 _NODE_BYTES: Final = 8
 
+# Not edits and reactions: a busy group would have its members read anew with every one of them.
+_STRUCTURAL: Final = frozenset(
+    {"member_added", "member_removed", "member_updated", "conversation_updated", "history_purged"}
+)
+
 Sink = Callable[[UUID, list[CommittedEvent]], None]
 HintSink = Callable[[UUID, str, bytes], None]
 NoticeSink = Callable[[UUID, UUID | None, str, msgspec.Raw], None]
@@ -122,7 +127,7 @@ class EventBus:
         self._sinks.append(sink)
 
     def on_structure(self, sink: Callable[[UUID], None]) -> None:
-        """Call `sink` before an event other than a message is delivered: members or state may have changed."""
+        """Call `sink` before an event is delivered that tells of other members, another state or another floor."""
         self._structure_sinks.append(sink)
 
     def on_hint(self, sink: HintSink) -> None:
@@ -282,7 +287,7 @@ class EventBus:
 
     def _take(self, conversation_id: UUID, events: Sequence[CommittedEvent]) -> None:
         for event in events:
-            if event.event != "new_message":
+            if event.event in _STRUCTURAL:
                 for sink in self._structure_sinks:
                     sink(conversation_id)
                 break

@@ -13,6 +13,7 @@ from whispr.services.messaging.models import (
     Membership,
     MessagesPage,
     UndeliveredPage,
+    seen_above,
 )
 from whispr.services.messaging.store import conversations, members, opening
 from whispr.services.messaging.store import history as store
@@ -78,6 +79,7 @@ class History:
             after = max(membership.floor_seq, after_seq)
             until = head if until_seq is None else min(until_seq, head)
             items = await store.log(connection, membership.conversation_id, after, until, limit)
+            items = [seen_above(event, membership.floor_seq) for event in items]
         last = items[-1].seq if items else after
         return EventsPage(epoch, items, head, more=last < until)
 
@@ -126,6 +128,7 @@ class History:
                     return
                 from_seq = max(from_seq, member.floor_seq)
                 items = await store.log(connection, conversation_id, from_seq, head_seq, limit)
+                items = [seen_above(event, member.floor_seq) for event in items]
             if not items:
                 return
             from_seq = items[-1].seq

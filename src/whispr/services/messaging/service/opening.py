@@ -16,6 +16,7 @@ from whispr.services.messaging.models import (
     Membership,
     MemberView,
     NotAMember,
+    seen_above,
 )
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
@@ -130,4 +131,5 @@ class Openings:
         after = max(after, membership.floor_seq)
         limit = RECOVERED_EVENTS if recovered else NEWEST_EVENTS
         events = await log(connection, door.conversation_id, after, head, limit) if after < head else []
+        events = [seen_above(event, membership.floor_seq) for event in events]
         return _Inside(membership, head, after, recovered, events, rooms.get(door.conversation_id))

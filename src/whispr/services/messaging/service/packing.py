@@ -18,6 +18,7 @@ class PackedEvent(msgspec.Struct, array_like=True, gc=False):
     payload: bytes
     shared: bytes | None
     envelopes: dict[bytes, bytes] | None
+    message_seq: int = 0
 
 
 class PackedHint(msgspec.Struct, array_like=True, gc=False):
@@ -64,6 +65,7 @@ def pack(event: CommittedEvent) -> PackedEvent:
         event.payload,
         content.shared,
         None if envelopes is None else {device.bytes: body for device, body in envelopes.items()},
+        event.message_seq,
     )
 
 
@@ -76,4 +78,6 @@ def unpack(packed: PackedEvent) -> CommittedEvent:
             packed.shared,
             None if envelopes is None else {UUID(bytes=device): body for device, body in envelopes.items()},
         )
-    return CommittedEvent(UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content)
+    return CommittedEvent(
+        UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content, packed.message_seq
+    )

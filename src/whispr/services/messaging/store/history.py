@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from msgspec import UNSET
 
 from whispr.kit.db import Connection
@@ -12,9 +13,12 @@ from whispr.services.messaging.models import (
     CommittedEvent,
     Message,
     MessageHead,
+    Reaction,
     RecipientStatus,
+    edited_event,
     expires_from,
     message_event,
+    unseen_event,
 )
 
 MESSAGE_COLUMNS = (
@@ -24,8 +28,19 @@ MESSAGE_COLUMNS = (
 )
 
 
+def message_columns(table: str) -> str:
+    """What `message_from` needs, selected from the messages that are called `table`: `MESSAGE_COLUMNS` and reactions."""
+    return f"""{MESSAGE_COLUMNS}, (
+        SELECT jsonb_agg(jsonb_build_array(r.reaction, r.user_id) ORDER BY r.seq) FROM message_reactions r
+        WHERE r.conversation_id = {table}.conversation_id AND r.message_id = {table}.id
+    ) AS reactions"""
+
+
+_SELECT = f"SELECT {message_columns('messages')} FROM messages"
+
+
 def message_from(record: Any) -> Message:
-    """A message from a record that has `MESSAGE_COLUMNS`."""
+    """A message from a record that has `message_columns`."""
     return Message(
         head=MessageHead(
             id=record["id"],
@@ -43,6 +58,7 @@ def message_from(record: Any) -> Message:
             sent_at=record["sent_at"],
             edited_at=record["edited_at"],
             is_deleted=record["is_deleted"],
+            reactions=reactions_from(record["reactions"]),
             edited_device_id=record["edited_device_id"] or UNSET,
             expires_from=expires_from(record["expires_in"], record["expires_from_read"]),
             expires_at=record["expires_at"] or UNSET,
@@ -51,13 +67,23 @@ def message_from(record: Any) -> Message:
     )
 
 
+def reactions_from(choices: list[tuple[str, str]] | None) -> tuple[Reaction, ...]:
+    """Pairs of reaction and person, first use first, put together by reaction."""
+    if not choices:
+        return ()
+    people: dict[str, list[UUID]] = {}
+    for reaction, user_id in choices:
+        people.setdefault(reaction, []).append(UUID(user_id))
+    return tuple(Reaction(reaction, tuple(user_ids)) for reaction, user_ids in people.items())
+
+
 async def messages_after(
     connection: Connection, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
 ) -> list[Message]:
     """Messages with `after_seq < seq <= until_seq`, the first `limit` of them, oldest first."""
     records = await connection.fetch(
         f"""
-        SELECT {MESSAGE_COLUMNS} FROM messages
+        {_SELECT}
         WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4
         """,
         conversation_id,
@@ -74,7 +100,7 @@ async def messages_before(
     """Messages with `after_seq < seq < before_seq`, the last `limit` of them, oldest first."""
     records = await connection.fetch(
         f"""
-        SELECT {MESSAGE_COLUMNS} FROM messages
+        {_SELECT}
         WHERE conversation_id = $1 AND seq > $2 AND seq < $3 ORDER BY seq DESC LIMIT $4
         """,
         conversation_id,
@@ -88,7 +114,10 @@ async def messages_before(
 async def log(
     connection: Connection, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
 ) -> list[CommittedEvent]:
-    """Every event with `after_seq < seq <= until_seq`, the first `limit` of them, oldest first."""
+    """Every event with `after_seq < seq <= until_seq`, the first `limit` of them, oldest first.
+
+    An edit is shown with the message as it is now: the log never keeps what a message once was.
+    """
     other = await connection.fetch(
         """
         SELECT seq, event, payload FROM conversation_events
@@ -99,9 +128,14 @@ async def log(
         until_seq,
         limit,
     )
-    events = [
-        CommittedEvent(conversation_id, record["seq"], record["event"], record["payload"]) for record in other
-    ]
+    events = await _with_edited(
+        connection,
+        conversation_id,
+        [
+            CommittedEvent(conversation_id, record["seq"], record["event"], record["payload"])
+            for record in other
+        ],
+    )
     # Numbers are dense, so no message past after_seq + limit can be among the first `limit` events.
     until = min(until_seq, after_seq + limit)
     messages = await messages_after(connection, conversation_id, after_seq, until, limit)
@@ -110,9 +144,40 @@ async def log(
     return events[:limit]
 
 
+async def _with_edited(
+    connection: Connection, conversation_id: UUID, events: list[CommittedEvent]
+) -> list[CommittedEvent]:
+    edits = {
+        event.seq: _decode_edit(event.payload).message_id
+        for event in events
+        if event.event == "message_edited"
+    }
+    if not edits:
+        return events
+    records = await connection.fetch(
+        f"{_SELECT} WHERE conversation_id = $1 AND id = ANY($2)", conversation_id, list(set(edits.values()))
+    )
+    messages = {record["id"]: message_from(record) for record in records}
+    return [
+        event
+        if (message_id := edits.get(event.seq)) is None
+        else edited_event(event.seq, messages[message_id])
+        if message_id in messages
+        else unseen_event(conversation_id, event.seq, message_id)
+        for event in events
+    ]
+
+
+class _Edit(msgspec.Struct):
+    message_id: UUID
+
+
+_decode_edit = msgspec.json.Decoder(_Edit).decode
+
+
 async def find_message(connection: Connection, message_id: UUID) -> Message | None:
     """One message by its id."""
-    record = await connection.fetchrow(f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE id = $1", message_id)
+    record = await connection.fetchrow(f"{_SELECT} WHERE id = $1", message_id)
     return message_from(record) if record else None
 
 

@@ -20,6 +20,7 @@ from whispr.services.messaging.models import (
 _COLUMNS = (
     "conversation_id, user_id, role, settings, joined_at, floor_seq, is_active, delivered_seq, read_seq"
 )
+_FLOOR = "GREATEST(floor_seq, (SELECT purged_seq FROM conversations c WHERE c.id = m.conversation_id)) AS floor_seq"
 
 
 def _row(record: Any) -> MemberRow:
@@ -40,7 +41,7 @@ async def load_conversation(connection: Connection, conversation_id: UUID) -> Co
     """A conversation with its active members, as the hot path needs it, in one snapshot."""
     records = await connection.fetch(
         """
-        SELECT c.type, c.is_active, c.permissions, m.user_id, m.role, m.floor_seq
+        SELECT c.type, c.is_active, c.permissions, m.user_id, m.role, GREATEST(m.floor_seq, c.purged_seq) AS floor_seq
         FROM conversations c
         LEFT JOIN conversation_members m ON m.conversation_id = c.id AND m.is_active
         WHERE c.id = $1
@@ -64,9 +65,12 @@ async def load_conversation(connection: Connection, conversation_id: UUID) -> Co
 
 
 async def find_active(connection: Connection, conversation_id: UUID, user_id: UUID) -> MemberRow | None:
-    """One active member."""
+    """One active member. Their floor is at least where the conversation is purged to."""
     record = await connection.fetchrow(
-        f"SELECT {_COLUMNS} FROM conversation_members WHERE conversation_id = $1 AND user_id = $2 AND is_active",
+        f"""
+        SELECT {_COLUMNS.replace("floor_seq", _FLOOR)} FROM conversation_members m
+        WHERE conversation_id = $1 AND user_id = $2 AND is_active
+        """,
         conversation_id,
         user_id,
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from whispr.kit.db import Connection
 from whispr.services.messaging.models import Message, PlanRef
-from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_from
+from whispr.services.messaging.store.history import message_columns, message_from
 
 PLANNER: Final = {
     "plan_cache_mode": "force_generic_plan",
@@ -242,7 +242,7 @@ async def find_sent(
 ) -> tuple[Message, bytes] | None:
     """The stored message with this client id, in its present state, and the digest of what was first sent under it."""
     record = await connection.fetchrow(
-        f"SELECT {MESSAGE_COLUMNS}, coalesce(draft_sha256, content_sha256) AS first_sha256 FROM messages WHERE conversation_id = $1 AND sender_device_id = $2 AND client_id = $3",
+        f"SELECT {message_columns('messages')}, coalesce(draft_sha256, content_sha256) AS first_sha256 FROM messages WHERE conversation_id = $1 AND sender_device_id = $2 AND client_id = $3",
         conversation_id,
         sender_device_id,
         client_id,

@@ -14,11 +14,12 @@ from whispr.services.messaging.models import (
     Permissions,
     Role,
 )
-from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_from
+from whispr.services.messaging.store.history import MESSAGE_COLUMNS, message_columns, message_from
 
 UNREAD_LIMIT = 1_000
 
-_MESSAGE = ", ".join(f"last.{name.strip()} AS message_{name.strip()}" for name in MESSAGE_COLUMNS.split(","))
+_MESSAGE_NAMES = (*(name.strip() for name in MESSAGE_COLUMNS.split(",")), "reactions")
+_MESSAGE = ", ".join(f"last.{name} AS message_{name}" for name in _MESSAGE_NAMES)
 
 _VIEW = f"""
     SELECT c.id, c.type, c.metadata, c.is_active, c.created_by, c.created_at, c.updated_at, c.last_seq,
@@ -26,7 +27,7 @@ _VIEW = f"""
            m.role, m.settings, m.delivered_seq, m.read_seq,
            (SELECT count(*) FROM (
                 SELECT FROM messages u
-                WHERE u.conversation_id = c.id AND u.seq > GREATEST(m.read_seq, m.floor_seq)
+                WHERE u.conversation_id = c.id AND u.seq > GREATEST(m.read_seq, m.floor_seq, c.purged_seq)
                   AND u.sender_id <> m.user_id AND NOT u.is_deleted
                 LIMIT {UNREAD_LIMIT}
            ) AS unread) AS unread_count,
@@ -35,8 +36,8 @@ _VIEW = f"""
     FROM conversation_members m
     JOIN conversations c ON c.id = m.conversation_id
     LEFT JOIN LATERAL (
-        SELECT {MESSAGE_COLUMNS} FROM messages l
-        WHERE l.conversation_id = c.id AND l.seq > m.floor_seq ORDER BY l.seq DESC LIMIT 1
+        SELECT {message_columns("l")} FROM messages l
+        WHERE l.conversation_id = c.id AND l.seq > GREATEST(m.floor_seq, c.purged_seq) ORDER BY l.seq DESC LIMIT 1
     ) AS last ON true
 """
 
@@ -66,9 +67,6 @@ def _view(record: Any, members: list[MemberView] | None) -> ConversationView:
         members=members,
         last_message=last,
     )
-
-
-_MESSAGE_NAMES = tuple(name.strip() for name in MESSAGE_COLUMNS.split(","))
 
 
 async def view(connection: Connection, conversation_id: UUID, user_id: UUID) -> ConversationView | None:
