@@ -146,6 +146,37 @@ async def _until_ready(up: Up) -> None:
         await asyncio.sleep(0.1)
 
 
+async def test_a_rolling_restart_is_hardly_noticed(up: Up, http: httpx.AsyncClient) -> None:
+    devices, conversation = await gang(up, http, 9)
+    stop = asyncio.Event()
+    senders = [asyncio.create_task(device.send_until(stop, 0.1)) for device in devices]
+    try:
+        await asyncio.sleep(0.5)
+        for number in (0, 1):
+            old = workers(up)[number]["pid"]
+            os.kill(old, signal.SIGTERM)
+            await eventually(lambda number=number, old=old: workers(up)[number]["pid"] != old, 20, "replaced")  # type: ignore[misc]
+            await asyncio.wait_for(_until_ready(up), 20)
+    finally:
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*senders), 60)
+    events = await history(http, up.url, devices[0].person, conversation)
+    await eventually(
+        lambda: all(len(device.logs[conversation].given) >= len(events) for device in devices),
+        15,
+        "all arrive",
+    )
+    sent = assert_kept(devices, conversation, events)
+    moved = sum(device.socket.connections - 1 for device in devices)
+    unanswered = sum(device.unanswered for device in devices)
+    # A push may cross the closing on its way, but what had arrived was answered first.
+    assert sent > 100
+    assert unanswered <= moved // 3
+    assert max(device.slowest for device in devices) < 5, "nobody waited for a process to come back"
+    for device in devices:
+        await device.stop()
+
+
 async def test_long_polling_stays_with_one_process(up: Up, http: httpx.AsyncClient) -> None:
     person = await register(http, up.url)
     other = await register(http, up.url)

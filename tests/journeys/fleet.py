@@ -79,6 +79,8 @@ class Device:
         self.logs: dict[str, Log] = {}
         self.slowest = 0.0
         """Seconds that the slowest message took from its first push to its acknowledgement."""
+        self.unanswered = 0
+        """Pushes of which nothing was heard: the connection was lost, or it took too long."""
 
     def follow(self, conversation: str) -> Log:
         """Join the conversation for good, from its first event."""
@@ -133,7 +135,7 @@ class Device:
             try:
                 reply = await log.open_channel.push("new_message", document)
             except Unreachable:
-                pass
+                self.unanswered += 1
             except ApiError as refusal:
                 if refusal.code not in PASSING:
                     log.troubles.append(f"refused: {refusal.code}")

@@ -396,3 +396,30 @@ async def test_garbage_instead_of_http(serve: Serve) -> None:
         async with asyncio.timeout(5):
             assert b" 101 " not in await reader.read()
         writer.close()
+
+
+async def test_drain_answers_what_is_being_worked_on(serve: Serve, connect: Connect) -> None:
+    endpoint, port = await serve()
+    client = await connect(port)
+    await client.join("room:a")
+    client.send("1", "2", "room:a", "later", {"text": "done"})
+    await until(lambda: Room.rooms[0].unanswered)
+    draining = asyncio.create_task(endpoint.drain(window=0, grace=5))
+    await asyncio.sleep(0.1)
+    Room.rooms[0].gate.set()
+    assert (await client.next())[4] == {"status": "ok", "response": {"later": "done"}}
+    assert (await client.closed()).code == 1012
+    client.frame(CLOSE, struct.pack("!H", 1012))
+    await draining
+    assert Room.rooms[0].unanswered == 0
+
+
+async def test_drain_does_not_wait_for_ever_for_an_answer(serve: Serve, connect: Connect) -> None:
+    endpoint, port = await serve()
+    client = await connect(port)
+    await client.join("room:a")
+    client.send("1", "2", "room:a", "later", {"text": "never"})
+    await until(lambda: Room.rooms[0].unanswered)
+    async with asyncio.timeout(3):
+        await endpoint.drain(window=0, grace=0.2)
+    assert (await client.closed()).code == 1012

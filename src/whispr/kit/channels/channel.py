@@ -58,6 +58,8 @@ class Reply:
     def __init__(self, channel: Channel, ref: str | None) -> None:
         self._channel = channel
         self._ref = ref
+        if ref is not None:
+            channel.unanswered += 1
 
     @property
     def sent(self) -> bool:
@@ -77,8 +79,7 @@ class Reply:
         if not self._channel.socket.binary:
             self.error(BinaryUnsupported())
             return
-        ref, self._ref = self._ref, None
-        channel = self._channel
+        ref, channel = self._settle()
         if ref is not None and not channel.closed:
             channel.socket.send_binary(wire.binary_reply(channel.join_ref, ref, channel.topic, "ok", data))
 
@@ -86,9 +87,14 @@ class Reply:
         """Answer `{"status": "error", "response": {"reason": failure.code, …}}`."""
         self._send("error", wire.encode_payload(failure.reason()))
 
-    def _send(self, status: str, response: bytes) -> None:
+    def _settle(self) -> tuple[str | None, Channel]:
         ref, self._ref = self._ref, None
-        channel = self._channel
+        if ref is not None:
+            self._channel.unanswered -= 1
+        return ref, self._channel
+
+    def _send(self, status: str, response: bytes) -> None:
+        ref, channel = self._settle()
         if ref is not None and not channel.closed:
             socket = channel.socket
             socket.send(socket.serializer.reply(channel.join_ref, ref, channel.topic, status, response))
@@ -111,7 +117,17 @@ class Channel:
     Everything runs on the event loop. `receive` is the hot path and synchronous; what has to wait returns a coroutine.
     """
 
-    __slots__ = ("_subscriptions", "closed", "head", "held", "join_ref", "socket", "topic", "topic_id")
+    __slots__ = (
+        "_subscriptions",
+        "closed",
+        "head",
+        "held",
+        "join_ref",
+        "socket",
+        "topic",
+        "topic_id",
+        "unanswered",
+    )
 
     def __init__(self, socket: Socket, topic: str, topic_id: str) -> None:
         """`topic_id` is what the `*` of the route matched."""
@@ -122,6 +138,8 @@ class Channel:
         self.closed = False
         self.head = b""
         self.held: Held | None = Held()
+        self.unanswered = 0
+        """Pushes that wait for their reply."""
         self._subscriptions: tuple[str, ...] = ()
 
     # What a service overrides.

@@ -110,17 +110,22 @@ class Endpoint:
         """Stop accepting, send every client elsewhere (1012) over `window` seconds, and wait up to `grace` for the rest.
 
         phoenix.js reconnects at once and without jitter: closing all at the same moment would send all of them to the other
-        processes at the same moment.
+        processes at the same moment. A socket whose pushes are being worked on is closed when they are answered, at the
+        latest `grace` seconds after the window.
         """
         self._door.draining = True
         self._websockets.stop_accepting()
         sockets = list(self.hub.sockets())
         steps = max(1, round(window / _DRAIN_STEP))
+        busy: list[Socket] = []
         for step in range(steps):
-            for socket in sockets[step::steps]:
-                socket.close(SERVICE_RESTART, "restarting")
+            busy = _send_away([*busy, *sockets[step::steps]])
             if step < steps - 1 and sockets:
                 await asyncio.sleep(_DRAIN_STEP)
+        patience = asyncio.get_running_loop().time() + grace
+        while busy and asyncio.get_running_loop().time() < patience:
+            await asyncio.sleep(_DRAIN_STEP)
+            busy = _send_away(busy)
         # One may have been let in just before.
         for socket in self.hub.sockets():
             socket.close(SERVICE_RESTART, "restarting")
@@ -150,3 +155,14 @@ class Endpoint:
             self.sweep()
 
         self._timers["sweep"] = loop.call_later(interval, tick)
+
+
+def _send_away(sockets: Sequence[Socket]) -> list[Socket]:
+    """Close those of `sockets` that owe their client no reply; the others."""
+    busy = []
+    for socket in sockets:
+        if any(channel.unanswered for channel in socket.channels.values()):
+            busy.append(socket)
+        else:
+            socket.close(SERVICE_RESTART, "restarting")
+    return busy
