@@ -146,8 +146,8 @@ def root_keys() -> RootKeys:
 ROOT = root_keys()
 
 
-def new_device(one_time: int = 0, first_id: int = 1) -> NewDevice:
-    signing = SigningKey.generate()
+def new_device(one_time: int = 0, first_id: int = 1, signing: SigningKey | None = None) -> NewDevice:
+    signing = signing or SigningKey.generate()
     public = uuid4().bytes * 2
     return NewDevice(
         name="Test device",

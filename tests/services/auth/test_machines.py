@@ -1,4 +1,4 @@
-"""Any order of refreshes, reuses, claims, uploads and waiting, against a model of what must come of it."""
+"""Any order of refreshes, reuses, claims, uploads, steps of a link and waiting, against a model of what must come of it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from nacl.signing import SigningKey
 from tests.services.auth.house import ORIGIN, a_caller, caller_of, new_device, one_time_key, register, rules
+from tests.stack import PASSWORD
 
 from whispr.kit.clock import ManualClock
 from whispr.kit.errors import Failure
-from whispr.services.auth.models import OneTimeKey, PrekeyUpload
+from whispr.services.auth.models import NO_CODES, OneTimeKey, PrekeyUpload
+from whispr.services.auth.service.links import check_code, finish_message
 
 T = TypeVar("T")
 
@@ -199,7 +202,149 @@ class PrekeyMachine(OverRules):
             assert self.run(self.auth.prekeys.counts(self.caller)).one_time_prekeys == len(self.queue)
 
 
-@pytest.mark.parametrize("machine", [RefreshMachine, PrekeyMachine])
+LINK_SECONDS, CONFIRM_SECONDS = 60, 120
+
+
+class LinkMachine(OverRules):
+    """One link and two devices that hold its token. The model knows who claimed it, what came after, and until when."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.signers = [SigningKey.generate() for _ in range(2)]
+        self.newcomers = [new_device(signing=signer) for signer in self.signers]
+        _, tokens = self.run(register(self.auth))
+        self.caller = caller_of(tokens)
+        self.link = self.run(self.auth.links.begin(self.caller, PASSWORD, NO_CODES))
+        self.stored, self.until = "waiting", self.clock.time() + LINK_SECONDS
+        self.claimer, self.wrong, self.session_id = -1, 0, None
+        self.signed_in = True
+
+    @property
+    def status(self) -> str:
+        is_over = self.stored in ("waiting", "claimed", "confirmed") and self.clock.time() >= self.until
+        return "expired" if is_over else self.stored
+
+    def move(self, status: str, seconds: float) -> None:
+        self.stored, self.until = status, self.clock.time() + seconds
+
+    def refused(self, work: Awaitable[Any]) -> str:
+        with pytest.raises(Failure) as failure:
+            self.run(work)
+        return failure.value.code
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 59.0, 60.0, 120.0, 3600.0]))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @rule()
+    def clean(self) -> None:
+        self.run(self.auth.housekeeping.clean())
+
+    @rule()
+    def log_out(self) -> None:
+        self.run(self.auth.sessions.log_out(self.caller))
+        self.signed_in = False
+
+    @rule(who=st.integers(0, 1), count=st.integers(1, 3))
+    def claim(self, who: int, count: int) -> None:
+        def work() -> Awaitable[Any]:
+            return self.auth.links.claim(self.link.token, self.newcomers[who], ORIGIN)
+
+        over = {"finished": "link_used", "expired": "link_expired", "refused": "link_refused"}
+        if self.status in over:
+            assert self.refused(work()) == over[self.status]
+        elif not self.signed_in:
+            assert self.refused(work()) == "link_refused"
+        elif self.status != "waiting" and who != self.claimer:
+            assert self.refused(work()) == "link_used"
+        else:
+
+            async def at_once() -> list[Any]:
+                return await asyncio.gather(*(work() for _ in range(count)))
+
+            device = self.newcomers[who]
+            keys = (self.link.token, self.link.id, device.identity_key, device.signing_key)
+            assert {answer.check_code for answer in self.run(at_once())} == {check_code(*keys)}
+            if self.status == "waiting":
+                self.claimer = who
+                self.move("claimed", CONFIRM_SECONDS)
+
+    @rule(is_right=st.booleans())
+    def confirm(self, is_right: bool) -> None:
+        code = "000000"
+        if self.claimer >= 0:
+            device = self.newcomers[self.claimer]
+            code = check_code(self.link.token, self.link.id, device.identity_key, device.signing_key)
+        if not is_right:
+            code = f"{(int(code) + 1) % 1_000_000:06}"
+        work = self.auth.links.confirm(self.caller, self.link.id, code)
+        over = {"waiting": "link_not_claimed", "expired": "link_expired", "refused": "link_refused"}
+        if self.status in over:
+            assert self.refused(work) == over[self.status]
+        elif is_right:
+            self.run(work)
+            if self.status == "claimed":
+                self.move("confirmed", LINK_SECONDS)
+        elif self.status == "finished":
+            assert self.refused(work) == "link_used"
+        else:
+            assert self.refused(work) == "wrong_check_code"
+            self.wrong += 1
+            if self.wrong == 3:
+                self.move("refused", 0)
+
+    @rule()
+    def refuse(self) -> None:
+        work = self.auth.links.refuse(self.caller, self.link.id)
+        if self.status == "finished":
+            assert self.refused(work) == "link_used"
+        else:
+            self.run(work)
+            if self.status != "expired":
+                self.move("refused", 0)
+
+    @rule(who=st.integers(0, 1), count=st.integers(1, 3))
+    def finish(self, who: int, count: int) -> None:
+        signature = self.signers[who].sign(finish_message(self.link.token)).signature
+
+        def work() -> Awaitable[Any]:
+            return self.auth.links.finish(self.link.token, signature, ORIGIN)
+
+        over = {"expired": "link_expired", "refused": "link_refused"}
+        if self.status in over:
+            assert self.refused(work()) == over[self.status]
+        elif self.status == "waiting":
+            assert self.run(work()) == "waiting"
+        elif self.status == "finished" and self.clock.time() >= self.until:
+            assert self.refused(work()) == "link_used"
+        elif who != self.claimer:
+            assert self.refused(work()) == "bad_signature"
+        elif self.status == "claimed":
+            assert self.run(work()) == "claimed"
+        elif self.status == "confirmed" and not self.signed_in:
+            assert self.refused(work()) == "link_refused"
+        else:
+
+            async def at_once() -> list[Any]:
+                return await asyncio.gather(*(work() for _ in range(count)))
+
+            (session_id,) = {answer.session_id for answer in self.run(at_once())}
+            if self.status == "confirmed":
+                self.session_id = session_id
+                self.move("finished", LINK_SECONDS)
+            assert session_id == self.session_id
+
+    @invariant()
+    def only_a_finished_link_has_made_a_device(self) -> None:
+        if hasattr(self, "link"):
+            devices = self.run(self.auth.devices.page(self.caller, None, 10))
+            keys = [device.signing_key for device in devices[1:]]
+            is_in = self.stored == "finished"
+            assert keys == ([self.newcomers[self.claimer].signing_key] if is_in else [])
+            assert self.run(self.auth.links.get(self.caller, self.link.id))[1] == self.status
+
+
+@pytest.mark.parametrize("machine", [RefreshMachine, PrekeyMachine, LinkMachine])
 def test_machine(machine: type[OverRules], rules_url: str, valkey_url: str) -> None:
     machine.urls = (rules_url, valkey_url)
     run_state_machine_as_test(

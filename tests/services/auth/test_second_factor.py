@@ -238,7 +238,7 @@ async def test_a_lost_login_is_repeated_with_the_code_it_had(house: AuthHouse) -
 Ask = Callable[[dict[str, Any]], Awaitable[httpx.Response]]
 
 
-@pytest.mark.parametrize("what", ["password", "account"])
+@pytest.mark.parametrize("what", ["password", "account", "link"])
 async def test_step_ups_ask_for_it_too(house: AuthHouse, what: str) -> None:
     person = await house.register()
     app, recovery_codes = await set_up(house, person)

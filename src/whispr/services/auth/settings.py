@@ -40,6 +40,10 @@ class AuthSettings(ServiceSettings):
     max_one_time_prekeys: int = Field(default=1000, ge=100, le=100000)
     low_prekeys: int = Field(default=10, ge=1, le=100)
 
+    # To claim a link, and to fetch the session once it is confirmed; and to compare codes and confirm.
+    link_seconds: int = Field(default=60, ge=10, le=600)
+    link_confirm_seconds: int = Field(default=120, ge=10, le=600)
+
     # What authenticator apps show beside the username.
     totp_issuer: str = Field(default="Whispr", min_length=1, max_length=64, pattern=r"^[A-Za-z0-9 ._\-]+$")
 
@@ -63,6 +67,11 @@ class AuthSettings(ServiceSettings):
     jwks_period: float = Field(default=60, gt=0)
     password_limit: int = Field(default=10, ge=1)
     password_period: float = Field(default=300, gt=0)
+    link_limit: int = Field(default=10, ge=1)
+    link_period: float = Field(default=600, gt=0)
+    # A new device asks every second or two until it is confirmed.
+    link_ip_limit: int = Field(default=120, ge=1)
+    link_ip_period: float = Field(default=60, gt=0)
     claim_limit: int = Field(default=30, ge=1)
     claim_period: float = Field(default=600, gt=0)
     upload_limit: int = Field(default=60, ge=1)

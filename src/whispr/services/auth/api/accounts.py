@@ -64,7 +64,7 @@ def account_router(auth: Auth) -> APIRouter:
     async def register(form: RegisterForm, request: Request, key: IdempotencyKey = None) -> SessionTokens:
         """Make an account with its first device."""
         device = form.device.device()
-        return _session(
+        return session_tokens(
             await auth.entry.register(form.username, form.password, device, _origin(request), key)
         )
 
@@ -75,7 +75,7 @@ def account_router(auth: Auth) -> APIRouter:
         401 `totp_required` asks for the second factor, `bad_totp_code` refuses it, and `device_expired` says that the
         device was away for too long and must be linked anew.
         """
-        return _session(
+        return session_tokens(
             await auth.entry.log_in(
                 form.username,
                 form.password,
@@ -90,7 +90,9 @@ def account_router(auth: Auth) -> APIRouter:
     @router.post("/api/v1/auth/refresh", responses=REFUSED)
     async def refresh(form: RefreshForm, request: Request) -> SessionTokens:
         """Exchange a refresh token. Sent again within 10 seconds it gives the same successor; later it ends the session."""
-        return _session(await auth.sessions.refresh(form.refresh_token, form.device_id, _origin(request)))
+        return session_tokens(
+            await auth.sessions.refresh(form.refresh_token, form.device_id, _origin(request))
+        )
 
     @router.post("/api/v1/auth/logout", status_code=204, responses=REFUSED)
     async def log_out(caller: CallerDep) -> Response:
@@ -142,7 +144,8 @@ def _origin(request: Request) -> Origin:
     return Origin(client_ip(request))
 
 
-def _session(tokens: Tokens) -> SessionTokens:
+def session_tokens(tokens: Tokens) -> SessionTokens:
+    """SESSION, as every way in answers it."""
     return SessionTokens(
         user_id=tokens.user_id,
         device_id=tokens.device_id,

@@ -21,7 +21,9 @@ def upgrade() -> None:
             by_device_id uuid NOT NULL,
             by_session_id uuid NOT NULL,
             token_digest bytea NOT NULL UNIQUE,
-            status text NOT NULL CHECK (status IN ('waiting', 'claimed', 'confirmed', 'finished', 'refused')),
+            status text NOT NULL CHECK (
+                status IN ('waiting', 'claimed', 'confirmed', 'finished', 'expired', 'refused')
+            ),
             created_at timestamptz NOT NULL,
             -- The end of the present step.
             expires_at timestamptz NOT NULL,
@@ -36,7 +38,8 @@ def upgrade() -> None:
         );
         CREATE INDEX device_links_by_account ON device_links (account_id, id);
         CREATE INDEX device_links_by_age ON device_links (created_at);
-        CREATE INDEX device_links_with_device ON device_links (expires_at) WHERE device IS NOT NULL;
+        CREATE INDEX device_links_open ON device_links (expires_at)
+            WHERE status IN ('waiting', 'claimed', 'confirmed');
 
         CREATE TABLE second_factors (
             account_id uuid PRIMARY KEY REFERENCES accounts,

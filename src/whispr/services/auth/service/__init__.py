@@ -20,7 +20,9 @@ from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.devices import Devices
 from whispr.services.auth.service.entry import Entry
 from whispr.services.auth.service.housekeeping import Housekeeping
+from whispr.services.auth.service.joining import Joining
 from whispr.services.auth.service.limits import Limiter, Limits
+from whispr.services.auth.service.links import Links
 from whispr.services.auth.service.passwords import Passwords
 from whispr.services.auth.service.prekeys import Prekeys
 from whispr.services.auth.service.push_tokens import PushTokens
@@ -59,6 +61,7 @@ class Auth:
     accounts: Accounts
     sessions: Sessions
     devices: Devices
+    links: Links
     prekeys: Prekeys
     push_tokens: PushTokens
     data_keys: DataKeys
@@ -95,13 +98,28 @@ def build_auth(
     sessions = Sessions(db, clock, signing, announcer, audit, limits, settings)
     credentials = Credentials(db, passwords, audit, limits)
     data_keys = DataKeys(db, clock, vault, audit, settings)
+    joining = Joining(clock, sessions, settings)
     second_factor = SecondFactor(db, clock, credentials, data_keys, audit, settings)
     push_tokens = PushTokens(db, clock, data_keys, announcer, audit, settings)
     return Auth(
-        entry=Entry(db, clock, credentials, second_factor, sessions, announcer, audit, limits, settings),
+        entry=Entry(
+            db, clock, credentials, second_factor, joining, sessions, announcer, audit, limits, settings
+        ),
         accounts=Accounts(db, clock, credentials, second_factor, sessions, announcer, audit, wake_outbox),
         sessions=sessions,
         devices=Devices(db, clock, announcer, audit),
+        links=Links(
+            db,
+            clock,
+            credentials,
+            second_factor,
+            joining,
+            sessions,
+            announcer,
+            audit,
+            limits,
+            settings,
+        ),
         prekeys=Prekeys(db, clock, announcer, limits, settings),
         push_tokens=push_tokens,
         data_keys=data_keys,

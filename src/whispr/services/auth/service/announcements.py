@@ -11,6 +11,7 @@ import msgspec
 from whispr.kit.errors import Unavailable
 from whispr.kit.identity import REVOCATIONS_CHANNEL, Revocation, encode_revocation
 from whispr.kit.telemetry import get_logger
+from whispr.services.auth.models import Link, NewDevice
 
 log = get_logger(__name__)
 
@@ -61,6 +62,21 @@ class Announcer:
                 "device_id": device_id,
                 "event": "prekeys_low",
                 "payload": {"device_id": device_id, "remaining": remaining, "key_type": key_type},
+            }
+        )
+
+    async def link_claimed(self, link: Link, device: NewDevice) -> None:
+        """A device asks to be linked: whoever began it compares the codes, and every other device may refuse."""
+        await self._notice(
+            {
+                "user_id": link.account_id,
+                "event": "device_link_claimed",
+                "payload": {
+                    "link_id": link.id,
+                    "device_id": link.by_device_id,
+                    "name": device.name,
+                    "platform": device.platform,
+                },
             }
         )
 

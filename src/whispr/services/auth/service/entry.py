@@ -26,14 +26,14 @@ from whispr.services.auth.models import (
     NewDevice,
     Origin,
     Tokens,
-    TooManyDevices,
     UsernameTaken,
 )
 from whispr.services.auth.service.announcements import Announcer
 from whispr.services.auth.service.audit import AuditTrail
 from whispr.services.auth.service.credentials import Credentials
+from whispr.services.auth.service.joining import Joining
 from whispr.services.auth.service.limits import Limits
-from whispr.services.auth.service.prekeys import add_first_prekeys, check_device
+from whispr.services.auth.service.prekeys import check_device
 from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.sessions import Sessions
 from whispr.services.auth.settings import AuthSettings
@@ -85,6 +85,7 @@ class Entry:
         clock: Clock,
         credentials: Credentials,
         second_factor: SecondFactor,
+        joining: Joining,
         sessions: Sessions,
         announcer: Announcer,
         audit: AuditTrail,
@@ -95,6 +96,7 @@ class Entry:
         self._clock = clock
         self._credentials = credentials
         self._second_factor = second_factor
+        self._joining = joining
         self._sessions = sessions
         self._announcer = announcer
         self._audit = audit
@@ -205,8 +207,7 @@ class Entry:
         if device_id is not None:
             return await self._on_known_device(tx, account_id, device_id, device, attempt)
         assert device is not None
-        if await store.devices.count_active(tx, account_id) >= self._settings.max_devices:
-            raise TooManyDevices(limit=self._settings.max_devices)
+        await self._joining.check_room(tx, account_id)
         opened = await self._with_new_device(tx, account_id, device, attempt)
         await self._audit.record(tx, "device_added", account_id, opened.family.device_id)
         return opened
@@ -222,7 +223,8 @@ class Entry:
             known.signing_key,
         ):
             raise DeviceKeysDiffer
-        family, token, revocations = await self._new_session(tx, account_id, device_id, attempt)
+        family, token, revocations = await self._sessions.open(tx, account_id, device_id)
+        await self._remember(tx, attempt, family.session_id)
         await store.devices.seen(tx, device_id, self._clock.now().date())
         roles = await store.accounts.roles(tx, account_id)
         return _Opened(family, token, roles, revocations, None)
@@ -230,28 +232,19 @@ class Entry:
     async def _with_new_device(
         self, tx: Connection, account_id: UUID, device: NewDevice, attempt: _Attempt
     ) -> _Opened:
-        device_id, now = uuid7(), self._clock.now()
-        await store.devices.insert(tx, device_id, account_id, device, now)
-        await add_first_prekeys(tx, device_id, device, now)
-        epoch = await store.accounts.bump_epoch(tx, account_id)
-        family, token, revocations = await self._new_session(tx, account_id, device_id, attempt)
+        joined = await self._joining.join(tx, account_id, device)
+        await self._remember(tx, attempt, joined.family.session_id)
         roles = await store.accounts.roles(tx, account_id)
-        return _Opened(family, token, roles, revocations, epoch)
+        return _Opened(joined.family, joined.refresh_token, roles, joined.revocations, joined.epoch)
 
-    async def _new_session(
-        self, tx: Connection, account_id: UUID, device_id: UUID, attempt: _Attempt
-    ) -> tuple[Family, str, list[Revocation]]:
-        opened = await self._sessions.open(tx, account_id, device_id)
-        if attempt.key_digest is not None:
-            now = self._clock.now()
-            await store.sessions.forget_key(
-                tx, attempt.username, attempt.key_digest, self._remembered_since()
-            )
-            if not await store.sessions.remember_key(
-                tx, attempt.username, attempt.key_digest, attempt.request_digest, opened[0].session_id, now
-            ):
-                raise _Twin
-        return opened
+    async def _remember(self, tx: Connection, attempt: _Attempt, session_id: UUID) -> None:
+        if attempt.key_digest is None:
+            return
+        await store.sessions.forget_key(tx, attempt.username, attempt.key_digest, self._remembered_since())
+        if not await store.sessions.remember_key(
+            tx, attempt.username, attempt.key_digest, attempt.request_digest, session_id, self._clock.now()
+        ):
+            raise _Twin
 
     async def _register_again(self, account: Account | None, attempt: _Attempt, password: str) -> Tokens:
         """A register for a name that is taken: perhaps by this very request, sent before."""

@@ -26,6 +26,8 @@ KEEP_REVOKED = timedelta(days=7)
 KEEP_USED_TOKENS = timedelta(hours=1)
 # Far longer than any client repeats an upload.
 KEEP_SPENT_PREKEYS = timedelta(days=90)
+# The history of links is the person's, who may ask for it.
+KEEP_LINKS = timedelta(days=365)
 KEEP_OPERATIONS = timedelta(days=7)
 
 _ROTATE = "RotateKeys"
@@ -76,6 +78,8 @@ class Housekeeping:
             outlived = timedelta(seconds=MAX_TOKEN_LIFETIME) + SKEW
             revocations = await store.housekeeping.drop_revocations(connection, now - outlived)
             await store.housekeeping.drop_spent_prekeys(connection, now - KEEP_SPENT_PREKEYS)
+            await store.housekeeping.expire_links(connection, now)
+            await store.housekeeping.drop_links(connection, now - KEEP_LINKS)
             await store.housekeeping.drop_operations(connection, now - KEEP_OPERATIONS)
         return Cleaned(sessions, revocations)
 

@@ -56,6 +56,14 @@ class Limits:
             "auth_password", str(user_id), self._settings.password_limit, self._settings.password_period
         )
 
+    async def link(self, user_id: UUID) -> None:
+        await self._check("auth_link", str(user_id), self._settings.link_limit, self._settings.link_period)
+
+    async def link_from(self, origin: Origin) -> None:
+        await self._check(
+            "auth_link_ip", _hidden(origin.ip), self._settings.link_ip_limit, self._settings.link_ip_period
+        )
+
     async def claim(self, requester: UUID, target: UUID) -> None:
         await self._check(
             "auth_claim", f"{requester}:{target}", self._settings.claim_limit, self._settings.claim_period

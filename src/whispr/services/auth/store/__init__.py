@@ -1,6 +1,6 @@
 """Every SQL statement of auth, by subject, one function each.
 
-Functions take a connection first. Those that lock say so; the order of locks is account, second factor, session, device, refresh
+Functions take a connection first. Those that lock say so; the order of locks is account, second factor, link, session, device, refresh
 token, keys, audit, so that no two transactions wait for each other.
 """
 
@@ -11,6 +11,7 @@ from whispr.services.auth.store import (
     devices,
     housekeeping,
     keys,
+    links,
     prekeys,
     push_tokens,
     second_factors,
@@ -24,6 +25,7 @@ __all__ = [
     "devices",
     "housekeeping",
     "keys",
+    "links",
     "prekeys",
     "push_tokens",
     "second_factors",

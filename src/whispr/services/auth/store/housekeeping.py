@@ -60,6 +60,21 @@ async def drop_spent_prekeys(connection: Connection, before: datetime) -> int:
     return _count(await connection.execute("DELETE FROM spent_prekeys WHERE spent_at <= $1", before))
 
 
+async def expire_links(connection: Connection, now: datetime) -> None:
+    """Forget what was brought to links whose time is over."""
+    await connection.execute(
+        """
+        UPDATE device_links SET status = 'expired', device = NULL
+        WHERE status IN ('waiting', 'claimed', 'confirmed') AND expires_at <= $1
+        """,
+        now,
+    )
+
+
+async def drop_links(connection: Connection, before: datetime) -> None:
+    await connection.execute("DELETE FROM device_links WHERE created_at <= $1", before)
+
+
 async def drop_operations(connection: Connection, before: datetime) -> int:
     return _count(await connection.execute("DELETE FROM operations WHERE at <= $1", before))
 
