@@ -79,9 +79,7 @@ CREATE TABLE scheduled_messages (
     UNIQUE (conversation_id, sender_device_id, client_id)
 );
 CREATE INDEX scheduled_messages_due ON scheduled_messages (due_at) WHERE status = 'pending';
-CREATE INDEX scheduled_messages_in_line ON scheduled_messages (conversation_id, send_at, id) WHERE status = 'pending';
-CREATE INDEX scheduled_messages_in_need ON scheduled_messages (sender_id) WHERE status = 'needs_reencrypt';
-CREATE INDEX scheduled_messages_by_sender ON scheduled_messages (sender_id, send_at, id);
+CREATE INDEX scheduled_messages_by_sender ON scheduled_messages (sender_id, send_at);
 
 CREATE TABLE message_reports (
     id              uuid PRIMARY KEY,

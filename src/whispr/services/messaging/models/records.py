@@ -268,7 +268,8 @@ class PlanStatus(StrEnum):
 class Plan(msgspec.Struct, frozen=True):
     """A scheduled message. `draft` is what will be sent, its content empty once it was sent or cancelled.
 
-    `failure` is the code of what keeps it from being sent. `version` counts its author's changes.
+    `failure` is the code of what keeps it from being sent, `needs` the devices that the envelopes were not for, with the
+    owners of the missing ones. `version` counts its author's changes.
     """
 
     id: UUID
@@ -277,6 +278,7 @@ class Plan(msgspec.Struct, frozen=True):
     send_at: datetime
     status: PlanStatus
     failure: str | None
+    needs: dict[str, Any] | None
     message_id: UUID | None
     due_at: datetime
     attempts: int
