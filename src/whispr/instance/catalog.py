@@ -63,6 +63,9 @@ ENTRIES = (
             _open("/api/v1/auth/login", "auth"),
             _open("/api/v1/auth/refresh", "auth"),
             Route("/api/v1/auth", "auth"),
+            # A device that is being linked has no session yet; what it has is the link's token, which auth checks.
+            _open("/api/v1/devices/link/claim", "auth"),
+            _open("/api/v1/devices/link/finish", "auth"),
             Route("/api/v1/devices", "auth"),
             Route("/api/v1/keys", "auth"),
         ),
