@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n whispr/contracts/messaging.proto\x12\tmessaging\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"/\n\x11\x45raseUserResponse\x12\x1a\n\x12\x63onversations_left\x18\x01 \x01(\x03\"5\n\x1d\x43leanupExpiredMessagesRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"O\n\x1e\x43leanupExpiredMessagesResponse\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0e\n\x06purged\x18\x02 \x01(\x03\x12\x0c\n\x04more\x18\x03 \x01(\x08\"R\n\x1b\x41uthorizeMediaAccessRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08media_id\x18\x02 \x01(\t\x12\x10\n\x08owner_id\x18\x03 \x01(\t\"/\n\x1c\x41uthorizeMediaAccessResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\"\x87\x01\n\x1aGenerateUsageReportRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12(\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x1bGenerateUsageReportResponse\x12\x0e\n\x06report\x18\x01 \x01(\t2\x98\x03\n\x10MessagingService\x12\x46\n\tEraseUser\x12\x1b.messaging.EraseUserRequest\x1a\x1c.messaging.EraseUserResponse\x12m\n\x16\x43leanupExpiredMessages\x12(.messaging.CleanupExpiredMessagesRequest\x1a).messaging.CleanupExpiredMessagesResponse\x12g\n\x14\x41uthorizeMediaAccess\x12&.messaging.AuthorizeMediaAccessRequest\x1a\'.messaging.AuthorizeMediaAccessResponse\x12\x64\n\x13GenerateUsageReport\x12%.messaging.GenerateUsageReportRequest\x1a&.messaging.GenerateUsageReportResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n whispr/contracts/messaging.proto\x12\tmessaging\x1a\x1fgoogle/protobuf/timestamp.proto\"9\n\x10\x45raseUserRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\"/\n\x11\x45raseUserResponse\x12\x1a\n\x12\x63onversations_left\x18\x01 \x01(\x03\"5\n\x1d\x43leanupExpiredMessagesRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"O\n\x1e\x43leanupExpiredMessagesResponse\x12\x0f\n\x07\x65xpired\x18\x01 \x01(\x03\x12\x0e\n\x06purged\x18\x02 \x01(\x03\x12\x0c\n\x04more\x18\x03 \x01(\x08\"I\n\x1bSendScheduledMessageRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x14\n\x0cscheduled_id\x18\x02 \x01(\t\"\x80\x01\n\x1cSendScheduledMessageResponse\x12\x0e\n\x06status\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\t\x12+\n\x07send_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"R\n\x1b\x41uthorizeMediaAccessRequest\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08media_id\x18\x02 \x01(\t\x12\x10\n\x08owner_id\x18\x03 \x01(\t\"/\n\x1c\x41uthorizeMediaAccessResponse\x12\x0f\n\x07\x61llowed\x18\x01 \x01(\x08\"\x87\x01\n\x1aGenerateUsageReportRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12(\n\x04\x66rom\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x05until\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"-\n\x1bGenerateUsageReportResponse\x12\x0e\n\x06report\x18\x01 \x01(\t2\x81\x04\n\x10MessagingService\x12\x46\n\tEraseUser\x12\x1b.messaging.EraseUserRequest\x1a\x1c.messaging.EraseUserResponse\x12m\n\x16\x43leanupExpiredMessages\x12(.messaging.CleanupExpiredMessagesRequest\x1a).messaging.CleanupExpiredMessagesResponse\x12g\n\x14SendScheduledMessage\x12&.messaging.SendScheduledMessageRequest\x1a\'.messaging.SendScheduledMessageResponse\x12g\n\x14\x41uthorizeMediaAccess\x12&.messaging.AuthorizeMediaAccessRequest\x1a\'.messaging.AuthorizeMediaAccessResponse\x12\x64\n\x13GenerateUsageReport\x12%.messaging.GenerateUsageReportRequest\x1a&.messaging.GenerateUsageReportResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,14 +40,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CLEANUPEXPIREDMESSAGESREQUEST']._serialized_end=241
   _globals['_CLEANUPEXPIREDMESSAGESRESPONSE']._serialized_start=243
   _globals['_CLEANUPEXPIREDMESSAGESRESPONSE']._serialized_end=322
-  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_start=324
-  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_end=406
-  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_start=408
-  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_end=455
-  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_start=458
-  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_end=593
-  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_start=595
-  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_end=640
-  _globals['_MESSAGINGSERVICE']._serialized_start=643
-  _globals['_MESSAGINGSERVICE']._serialized_end=1051
+  _globals['_SENDSCHEDULEDMESSAGEREQUEST']._serialized_start=324
+  _globals['_SENDSCHEDULEDMESSAGEREQUEST']._serialized_end=397
+  _globals['_SENDSCHEDULEDMESSAGERESPONSE']._serialized_start=400
+  _globals['_SENDSCHEDULEDMESSAGERESPONSE']._serialized_end=528
+  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_start=530
+  _globals['_AUTHORIZEMEDIAACCESSREQUEST']._serialized_end=612
+  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_start=614
+  _globals['_AUTHORIZEMEDIAACCESSRESPONSE']._serialized_end=661
+  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_start=664
+  _globals['_GENERATEUSAGEREPORTREQUEST']._serialized_end=799
+  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_start=801
+  _globals['_GENERATEUSAGEREPORTRESPONSE']._serialized_end=846
+  _globals['_MESSAGINGSERVICE']._serialized_start=849
+  _globals['_MESSAGINGSERVICE']._serialized_end=1362
 # @@protoc_insertion_point(module_scope)

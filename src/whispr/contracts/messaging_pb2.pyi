@@ -38,6 +38,26 @@ class CleanupExpiredMessagesResponse(_message.Message):
     more: bool
     def __init__(self, expired: _Optional[int] = ..., purged: _Optional[int] = ..., more: _Optional[bool] = ...) -> None: ...
 
+class SendScheduledMessageRequest(_message.Message):
+    __slots__ = ("operation_id", "scheduled_id")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    SCHEDULED_ID_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    scheduled_id: str
+    def __init__(self, operation_id: _Optional[str] = ..., scheduled_id: _Optional[str] = ...) -> None: ...
+
+class SendScheduledMessageResponse(_message.Message):
+    __slots__ = ("status", "message_id", "failure", "send_at")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    SEND_AT_FIELD_NUMBER: _ClassVar[int]
+    status: str
+    message_id: str
+    failure: str
+    send_at: _timestamp_pb2.Timestamp
+    def __init__(self, status: _Optional[str] = ..., message_id: _Optional[str] = ..., failure: _Optional[str] = ..., send_at: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class AuthorizeMediaAccessRequest(_message.Message):
     __slots__ = ("user_id", "media_id", "owner_id")
     USER_ID_FIELD_NUMBER: _ClassVar[int]

@@ -44,6 +44,11 @@ class MessagingServiceStub:
                 request_serializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.SerializeToString,
                 response_deserializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.FromString,
                 _registered_method=True)
+        self.SendScheduledMessage = channel.unary_unary(
+                '/messaging.MessagingService/SendScheduledMessage',
+                request_serializer=whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageRequest.SerializeToString,
+                response_deserializer=whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageResponse.FromString,
+                _registered_method=True)
         self.AuthorizeMediaAccess = channel.unary_unary(
                 '/messaging.MessagingService/AuthorizeMediaAccess',
                 request_serializer=whispr_dot_contracts_dot_messaging__pb2.AuthorizeMediaAccessRequest.SerializeToString,
@@ -69,6 +74,14 @@ class MessagingServiceServicer:
     def CleanupExpiredMessages(self, request, context):
         """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
         Repeating it goes on where it stopped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendScheduledMessage(self, request, context):
+        """Called by scheduling when a scheduled message is due. It is sent once, however often this is called; one that is not
+        due yet is answered as it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,6 +113,11 @@ def add_MessagingServiceServicer_to_server(servicer, server):
                     servicer.CleanupExpiredMessages,
                     request_deserializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.FromString,
                     response_serializer=whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.SerializeToString,
+            ),
+            'SendScheduledMessage': grpc.unary_unary_rpc_method_handler(
+                    servicer.SendScheduledMessage,
+                    request_deserializer=whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageRequest.FromString,
+                    response_serializer=whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageResponse.SerializeToString,
             ),
             'AuthorizeMediaAccess': grpc.unary_unary_rpc_method_handler(
                     servicer.AuthorizeMediaAccess,
@@ -166,6 +184,33 @@ class MessagingService:
             '/messaging.MessagingService/CleanupExpiredMessages',
             whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesRequest.SerializeToString,
             whispr_dot_contracts_dot_messaging__pb2.CleanupExpiredMessagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendScheduledMessage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/messaging.MessagingService/SendScheduledMessage',
+            whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageRequest.SerializeToString,
+            whispr_dot_contracts_dot_messaging__pb2.SendScheduledMessageResponse.FromString,
             options,
             channel_credentials,
             insecure,

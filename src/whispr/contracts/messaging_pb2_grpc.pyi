@@ -37,6 +37,10 @@ class MessagingServiceStub:
     """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
     Repeating it goes on where it stopped.
     """
+    SendScheduledMessage: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.SendScheduledMessageRequest, _messaging_pb2.SendScheduledMessageResponse]
+    """Called by scheduling when a scheduled message is due. It is sent once, however often this is called; one that is not
+    due yet is answered as it is.
+    """
     AuthorizeMediaAccess: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.AuthorizeMediaAccessRequest, _messaging_pb2.AuthorizeMediaAccessResponse]
     """Called by media before it gives a medium of somebody else's away."""
     GenerateUsageReport: _grpc.UnaryUnaryMultiCallable[_messaging_pb2.GenerateUsageReportRequest, _messaging_pb2.GenerateUsageReportResponse]
@@ -50,6 +54,10 @@ class MessagingServiceAsyncStub(MessagingServiceStub):
     CleanupExpiredMessages: _aio.UnaryUnaryMultiCallable[_messaging_pb2.CleanupExpiredMessagesRequest, _messaging_pb2.CleanupExpiredMessagesResponse]  # type: ignore[assignment]
     """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
     Repeating it goes on where it stopped.
+    """
+    SendScheduledMessage: _aio.UnaryUnaryMultiCallable[_messaging_pb2.SendScheduledMessageRequest, _messaging_pb2.SendScheduledMessageResponse]  # type: ignore[assignment]
+    """Called by scheduling when a scheduled message is due. It is sent once, however often this is called; one that is not
+    due yet is answered as it is.
     """
     AuthorizeMediaAccess: _aio.UnaryUnaryMultiCallable[_messaging_pb2.AuthorizeMediaAccessRequest, _messaging_pb2.AuthorizeMediaAccessResponse]  # type: ignore[assignment]
     """Called by media before it gives a medium of somebody else's away."""
@@ -73,6 +81,16 @@ class MessagingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_messaging_pb2.CleanupExpiredMessagesResponse, _abc.Awaitable[_messaging_pb2.CleanupExpiredMessagesResponse]]:
         """Erases what has expired and what retention does not keep, now and not with the next round of messaging's own loops.
         Repeating it goes on where it stopped.
+        """
+
+    @_abc_1.abstractmethod
+    def SendScheduledMessage(
+        self,
+        request: _messaging_pb2.SendScheduledMessageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_messaging_pb2.SendScheduledMessageResponse, _abc.Awaitable[_messaging_pb2.SendScheduledMessageResponse]]:
+        """Called by scheduling when a scheduled message is due. It is sent once, however often this is called; one that is not
+        due yet is answered as it is.
         """
 
     @_abc_1.abstractmethod

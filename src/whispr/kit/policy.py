@@ -18,6 +18,8 @@ def _only(*callers: str) -> frozenset[str]:
     return frozenset(callers)
 
 
+_PLANNERS = _only("media", "messaging", "moderation", "notification", "user")
+
 CALLS: Mapping[str, frozenset[str]] = MappingProxyType(
     {
         "/auth.AuthService/ValidateToken": _only("media", "messaging", "notification", "scheduling"),
@@ -46,7 +48,11 @@ CALLS: Mapping[str, frozenset[str]] = MappingProxyType(
         "/messaging.MessagingService/CleanupExpiredMessages": _only("scheduling"),
         "/messaging.MessagingService/AuthorizeMediaAccess": _only("media"),
         "/messaging.MessagingService/GenerateUsageReport": _only("scheduling"),
+        "/messaging.MessagingService/SendScheduledMessage": _only("scheduling"),
         "/media.MediaService/LinkMedia": _only("messaging"),
+        "/scheduling.SchedulingService/ScheduleJob": _PLANNERS,
+        "/scheduling.SchedulingService/CancelJob": _PLANNERS,
+        "/scheduling.SchedulingService/GetJob": _PLANNERS,
         "/notification.EventService/PublishEvents": _only("media", "messaging", "moderation", "user"),
         "/kit.MaintenanceService/RunMaintenance": _only("scheduling"),
     }
