@@ -191,6 +191,21 @@ class Message(msgspec.Struct, frozen=True):
     content: bytes
 
 
+class Pin(msgspec.Struct, frozen=True):
+    """A pinned message."""
+
+    message: Message
+    pinned_by: UUID
+    pinned_at: datetime
+
+
+class Actor(msgspec.Struct, frozen=True):
+    """Who changes something, and from which device."""
+
+    user_id: UUID
+    device_id: UUID
+
+
 class Content(msgspec.Struct, frozen=True):
     """A message's content, ready to be written to devices: exactly one of the two is set.
 

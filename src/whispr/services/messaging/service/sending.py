@@ -178,6 +178,11 @@ class Sending:
     async def ensure_open(self, conversation_id: UUID, user_id: UUID) -> None:
         """Check that a person may do anything at all in a conversation, whatever their role.
 
+    def count(self, device_id: UUID) -> None:
+        """Count a change of a message against the pace of sending. Raises `RateLimited`."""
+        if self._pace is not None:
+            self._pace.count(device_id)
+
         Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser` or `Unavailable`.
         """
         await self._with_loads(lambda _: self._judge_place(conversation_id, user_id))

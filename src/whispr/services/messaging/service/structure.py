@@ -208,12 +208,16 @@ class Structure:
         )
         await outbox.add(tx, GROUP_EVENT, str(news.event_id), msgspec.to_builtins(news))
 
+    def publish(self, events: Sequence[CommittedEvent]) -> None:
+        """Deliver events that left members and state as they were. Call it after the commit."""
+        self.bus.publish(events)
+        self._wake_outbox()
+
     async def committed(self, conversation_id: UUID, events: Sequence[CommittedEvent]) -> None:
         """Forget what is cached of the conversation and deliver its new events. Call it after the commit."""
         # Before the events: whoever reacts to one must not find the members as they were.
         self.directory.invalidate(conversation_id)
-        self.bus.publish(events)
-        self._wake_outbox()
+        self.publish(events)
         await self.directory.changed(conversation_id)
 
     def announce(self, row: ConversationRow, member_rows: Sequence[MemberRow], to: Sequence[UUID]) -> None:
