@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--workers", type=int, default=0, help="messaging processes; 0: as many as are needed"
     )
-    parser.add_argument("--width", type=int, default=64, help="joins under way at once")
+    parser.add_argument("--width", type=int, default=512, help="joins under way at once")
     parser.add_argument("--seconds", type=float, default=30, help="how long to watch the processor at rest")
     parser.add_argument("--rate", type=float, default=1_000, help="messages a second afterwards; 0: none")
     parser.add_argument("--message-seconds", type=float, default=10)

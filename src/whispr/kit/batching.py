@@ -25,7 +25,7 @@ class Batcher(Generic[Q, A]):
     """
 
     def __init__(
-        self, answer: Callable[[list[Q]], Awaitable[Sequence[A]]], *, largest: int = 100, lanes: int = 2
+        self, answer: Callable[[list[Q]], Awaitable[Sequence[A]]], *, largest: int = 100, lanes: int = 1
     ) -> None:
         self._answer = answer
         self._largest = largest

@@ -79,7 +79,7 @@ class Openings:
         self._directory = directory
         self._history = history
         self._read_receipts = read_receipts
-        self._doors = Batcher(self._look)
+        self._doors = Batcher(self._look, largest=50, lanes=2)
 
     async def membership(self, conversation_id: UUID, user_id: UUID) -> Membership:
         """Raises `NotAMember`, also when there is no such conversation."""
