@@ -150,6 +150,7 @@ class Flusher:
         publish: Callable[[list[CommittedEvent]], None],
         on_doubt: Callable[[], None],
         on_duplicate: Callable[[Parsed, OnDone], None],
+        on_expiring: Callable[[MessageHead], None],
         *,
         patience: float = 8.0,
     ) -> None:
@@ -159,6 +160,7 @@ class Flusher:
         self._publish = publish
         self._on_doubt = on_doubt
         self._on_duplicate = on_duplicate
+        self._on_expiring = on_expiring
         self._patience = patience
         self._arrived: deque[Admitted] = deque()
         self._verified: deque[Admitted] = deque()
@@ -267,6 +269,8 @@ class Flusher:
             ):
                 message = admitted.message(stored)
                 events.append(message_event(message))
+                if message.head.expires_in is not None:
+                    self._on_expiring(message.head)
                 self._answer(admitted, SendResult(message, duplicate=False))
             elif stored.outcome is store.Outcome.DUPLICATE:
                 self._hand_over(admitted)

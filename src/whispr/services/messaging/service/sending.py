@@ -28,6 +28,7 @@ from whispr.services.messaging.models import (
     ConversationType,
     DevicesMismatch,
     Draft,
+    MessageHead,
     NotAllowed,
     NotAMember,
     SendResult,
@@ -79,6 +80,7 @@ class _Waiting:
 class Sending:
     """Takes drafts, answers each exactly once, and publishes what was stored. `run()` is its supervised loop.
 
+    `on_expiring` is called with every stored message that disappears.
     `db` is a pool of its own with the settings of `store.sending.PLANNER`. `max_backlog` drafts may be unanswered; more
     are refused with `overloaded`.
     """
@@ -94,6 +96,7 @@ class Sending:
         publish: Callable[[list[CommittedEvent]], None],
         on_doubt: Callable[[], None],
         *,
+        on_expiring: Callable[[MessageHead], None] = lambda head: None,
         pace: Pace | None = None,
         max_backlog: int = 20_000,
         patience: float = 8.0,
@@ -106,7 +109,7 @@ class Sending:
         self._pace = pace
         self._max_backlog = max_backlog
         self._flusher = Flusher(
-            db, clock, signatures, publish, on_doubt, self._answer_duplicate, patience=patience
+            db, clock, signatures, publish, on_doubt, self._answer_duplicate, on_expiring, patience=patience
         )
         self._queues: dict[UUID, deque[_Waiting]] = {}
         self._queued = 0
