@@ -31,6 +31,7 @@ from whispr.services.messaging.service.outdated import Outdated
 from whispr.services.messaging.service.pace import Pace
 from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.status import Status
@@ -70,6 +71,10 @@ async def build(context: Context) -> Service:
         _announcing(context, database, whereabouts.presence),
         batch=20,
         ttl=timedelta(hours=settings.outbox_hours),
+        lasting={REPORT_SUBMITTED},
+    )
+    reports = Reports(
+        database, clock, context.limiter, dispatcher.wake, life=timedelta(days=settings.report_days)
     )
     structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
     members = Members(structure, read_receipts, context.limiter)
@@ -148,6 +153,7 @@ async def build(context: Context) -> Service:
                 receipts=receipts,
                 status=Status(database, read_receipts),
                 sending=sending,
+                reports=reports,
             )
         ],
         identity=identity,
@@ -159,7 +165,7 @@ async def build(context: Context) -> Service:
         http=http,
         rpc=[rpc.register(Erasure(structure)), maintenance.register],
         loops={
-            **jobs.loops(dispatcher, receipts, housekeeping),
+            **jobs.loops(dispatcher, receipts, housekeeping, reports),
             "sending": sending.run,
             "events": bus.run,
             "typing": typists.run,

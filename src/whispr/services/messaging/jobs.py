@@ -10,6 +10,7 @@ from whispr.kit.outbox import Dispatcher
 from whispr.kit.telemetry import get_logger
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.reports import Reports
 
 log = get_logger(__name__)
 
@@ -17,13 +18,14 @@ HOUSEKEEPING_SECONDS = 6 * 3600.0
 
 
 def loops(
-    dispatcher: Dispatcher, receipts: Receipts, housekeeping: Housekeeping
+    dispatcher: Dispatcher, receipts: Receipts, housekeeping: Housekeeping, reports: Reports
 ) -> dict[str, Callable[[], Awaitable[None]]]:
     """The supervised loops by name."""
     return {
         "outbox": dispatcher.run,
         "receipts": receipts.run,
         "housekeeping": lambda: _every(HOUSEKEEPING_SECONDS, housekeeping.run_once),
+        "reports": lambda: _every(HOUSEKEEPING_SECONDS, reports.forget_old),
     }
 
 

@@ -33,6 +33,7 @@ class MessagingSettings(ServiceSettings):
     cursor_days: int = Field(
         default=180, ge=1, description="A device silent for longer is served like a new one."
     )
+    report_days: int = Field(default=365, ge=1, description="How long a report is kept here.")
     outbox_hours: float = Field(
         default=24, gt=0, description="A notification that waited longer helps nobody."
     )

@@ -9,11 +9,13 @@ from fastapi import APIRouter
 from whispr.kit.http import Problem, new_router
 from whispr.services.messaging.api import conversations as conversation_routes
 from whispr.services.messaging.api import messages as message_routes
+from whispr.services.messaging.api import reports as report_routes
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.reports import Reports
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.status import Status
 
@@ -27,10 +29,12 @@ def build_router(
     receipts: Receipts,
     status: Status,
     sending: Sending,
+    reports: Reports,
 ) -> APIRouter:
     """`/api/v1/conversations` and `/api/v1/messages`."""
     unauthenticated: dict[int | str, dict[str, Any]] = {401: {"model": Problem}}
     router = new_router(prefix="/api/v1", responses=unauthenticated)
     conversation_routes.add_routes(router, conversations, members)
     message_routes.add_routes(router, directory, history, receipts, status, sending)
+    report_routes.add_routes(router, reports)
     return router

@@ -7,6 +7,7 @@ from uuid import UUID
 from whispr.services.messaging.models import ConversationNotFound
 from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.store import erasure as store
+from whispr.services.messaging.store import reports
 
 CHUNK = 100
 
@@ -30,6 +31,7 @@ class Erasure:
                 left += await self._leave(conversation_id, user_id)
         async with self._db.transaction() as tx:
             await store.forget_person(tx, user_id)
+            await reports.forget_reporter(tx, user_id)
         return left
 
     async def _leave(self, conversation_id: UUID, user_id: UUID) -> int:
