@@ -158,6 +158,7 @@ class Sent:
             "content": Content(
                 content.get("ciphertext"),
                 None if envelopes is None else {str(device_id): Envelope(**own)} if own else {},
+                content.get("commitment"),
             ),
             "sent_at": datetime.now(UTC),
             "signature": encode_base64(self.sealed.signature),

@@ -508,11 +508,11 @@ async def test_prekeys_are_refilled_and_the_signed_one_rotated(people: People) -
 async def test_a_registration_whose_answer_is_lost_is_finished_by_trying_again(stack: Stack) -> None:
     store, username = Store(), name()
     first = Device(stack, store)
-    adopt = first.client.rest._adopt
-    first.client.rest._adopt = lambda session: (_ for _ in ()).throw(KeyboardInterrupt())  # type: ignore[method-assign]
+    adopt = first.client.rest.adopt
+    first.client.rest.adopt = lambda session: (_ for _ in ()).throw(KeyboardInterrupt())  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         await first.client.register(username, PASSWORD)
-    first.client.rest._adopt = adopt  # type: ignore[method-assign]
+    first.client.rest.adopt = adopt  # type: ignore[method-assign]
     await first.client.stop()
     second = Device(stack, store)
     await second.client.register(username, PASSWORD)

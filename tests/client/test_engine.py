@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from uuid import uuid4
 
 import msgspec
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.client.parties import Party, Sent, World
+from whispr.client.crypto import franking
 from whispr.client.crypto.engine import MAX_CONTENT, DistributionNeeded, Payload, UnknownSender
 from whispr.client.crypto.padding import BLOCK, pad, unpad
 from whispr.client.crypto.prekeys import KEEP_OLD, ROTATE_AFTER
@@ -182,7 +184,7 @@ def test_padding_hides_lengths() -> None:
         assert unpad(pad(plain)) == plain
     world = World()
     alice, bob = world.party(), world.party()
-    sizes = {len(str(alice.text("x" * n, bob).sealed.content)) for n in (1, 50, 100)}
+    sizes = {len(str(alice.text("x" * n, bob).sealed.content)) for n in (1, 45, 90)}
     assert len(sizes) == 1
     with pytest.raises(Undecryptable):
         unpad(bytes(160))
@@ -298,6 +300,49 @@ def handshake_of(sent: Sent, recipient: Party) -> Handshake:
     return handshake
 
 
+# Franking
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_recipient_can_prove_what_was_said_and_nothing_else(group: bool) -> None:
+    world = World()
+    alice, bob, carol = world.party(), world.party(), world.party()
+    said = Payload("poll", data={"b": [1, 2.5, None], "a": uuid4(), "raw": b"bytes", "at": datetime.now(UTC)})
+    for _ in range(2):
+        sent = alice.seal(said, bob, carol, group=group)
+        alice.confirm(sent)
+        commitment = decode_base64(sent.sealed.content["commitment"])
+        for reader in (bob, carol):
+            opened = reader.open(sent)
+            assert opened.franking_key is not None
+            assert franking.matches(commitment, opened.franking_key, opened.plaintext())
+            assert msgspec.json.decode(opened.plaintext())["data"]["b"] == [1, 2.5, None]
+            other = Payload("poll", data={**opened.data, "b": [1]})
+            assert not franking.matches(commitment, opened.franking_key, other.plaintext())
+            # HMAC takes a short key and the same key with zeros behind it for one.
+            assert not franking.matches(commitment, opened.franking_key + b"\0", opened.plaintext())
+    assert franking.matches(franking.commit(bytes(32), b"x"), bytes(32), b"x")
+
+
+def test_a_message_nobody_could_report_is_refused() -> None:
+    world = World()
+    alice, bob = world.party(), world.party()
+    sent = alice.text("you will not prove this", bob)
+    honest = sent.sealed.content
+    for commitment in (
+        encode_base64(franking.commit(bytes(32), b"else")),
+        encode_base64(bytes(32)),
+        "not base64",
+    ):
+        content = {**honest, "commitment": commitment}
+        signature = alice.engine.sign(world.conversation_id, sent.client_id, content)
+        sealed = msgspec.structs.replace(sent.sealed, content=content, signature=signature)
+        with pytest.raises(Undecryptable) as refused:
+            bob.open(Sent(alice, sent.client_id, sealed))
+        assert refused.value.reason in ("bad_commitment", "malformed")
+    assert bob.read(sent) == "you will not prove this"
+
+
 # Groups
 
 
@@ -402,11 +447,11 @@ def test_long_texts_go_as_one_shared_ciphertext_once_everybody_holds_the_key() -
     for party in others:
         assert party.open(key).kind == "sender_key"
     sent = alice.text(long, *others, group=True)
-    assert list(sent.sealed.content) == ["ciphertext"]
+    assert set(sent.sealed.content) == {"ciphertext", "commitment"}
     assert [party.read(sent) for party in others] == [long] * 6
     # A direct conversation with many devices takes the same way out.
     direct = alice.text(long, *others)
-    assert list(direct.sealed.content) == ["ciphertext"]
+    assert set(direct.sealed.content) == {"ciphertext", "commitment"}
     swapped = msgspec.structs.replace(sent.message_for(others[0].device_id), content=Content("AAAA"))
     with pytest.raises(Undecryptable):
         others[0].engine.open(swapped)

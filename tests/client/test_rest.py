@@ -13,8 +13,9 @@ import pytest
 
 from whispr.client.backoff import Backoff
 from whispr.client.failures import ApiError, SessionEnded, Unreachable
+from whispr.client.http import EXPIRY_MARGIN
 from whispr.client.models import Session
-from whispr.client.rest import EXPIRY_MARGIN, RestClient
+from whispr.client.rest import RestClient
 
 USER, DEVICE, SESSION = uuid4(), uuid4(), uuid4()
 QUICK = Backoff(base=0.001, cap=0.002)

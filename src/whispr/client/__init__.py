@@ -6,6 +6,9 @@ Begin with `WhisprClient`. The package needs nothing of the server's code.
 from whispr.client.client import WhisprClient
 from whispr.client.events import ChatMessage, ConversationEvent, Notice
 from whispr.client.failures import ApiError, ClientError, SessionEnded, Undecryptable, Unreachable
+from whispr.client.linking import WrongCheckCode
+from whispr.client.models import SecondFactor
+from whispr.client.outbox import Expires
 from whispr.client.rest import RestClient
 from whispr.client.store import Store
 
@@ -14,11 +17,14 @@ __all__ = [
     "ChatMessage",
     "ClientError",
     "ConversationEvent",
+    "Expires",
     "Notice",
     "RestClient",
+    "SecondFactor",
     "SessionEnded",
     "Store",
     "Undecryptable",
     "Unreachable",
     "WhisprClient",
+    "WrongCheckCode",
 ]

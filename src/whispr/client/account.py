@@ -11,12 +11,14 @@ import msgspec
 
 from whispr.client.crypto.identity import DeviceIdentity
 from whispr.client.crypto.prekeys import LOW, PQ_STOCK, STOCK, PrekeyStock, published
-from whispr.client.failures import ClientError
-from whispr.client.models import Session
+from whispr.client.failures import ApiError, ClientError
+from whispr.client.models import SecondFactor, Session
 from whispr.client.rest import RestClient
 from whispr.client.store import Store
 
 _SPACE: Final = "account"
+# Refusals after which the same key would come with another body.
+_OTHER_BODY_NEXT: Final = frozenset({"totp_required", "bad_totp_code"})
 
 
 class _Entry(msgspec.Struct):
@@ -65,22 +67,60 @@ class Account:
                 self._store.save(_SPACE, "identity", identity)
         return identity
 
-    async def enter(self, door: str, username: str, password: str, name: str, platform: str) -> Session:
+    async def enter(
+        self,
+        door: str,
+        username: str,
+        password: str,
+        name: str,
+        platform: str,
+        second_factor: SecondFactor | None = None,
+    ) -> Session:
         """Register (`door` "register") or log in ("login") with this store as a new device.
 
-        Repeated after a crash or a lost answer, it gives the same device. Raises ApiError, Unreachable,
-        AlreadyRegistered.
+        Repeated after a crash or a lost answer, it gives the same device. Raises ApiError (`totp_required` where a
+        second factor is missing), Unreachable, AlreadyRegistered.
         """
+        device = self.offer(door, username, name, platform)
+        key = self._key()
+        if door == "register":
+            session = await self._rest.register(username, password, device, idempotency_key=key)
+        else:
+            try:
+                session = await self._rest.login(
+                    username, password, device=device, second_factor=second_factor, idempotency_key=key
+                )
+            except ApiError as error:
+                if error.code in _OTHER_BODY_NEXT:
+                    self._renew_key()
+                raise
+        self.entered()
+        return session
+
+    def offer(self, door: str, who: str, name: str, platform: str) -> dict[str, Any]:
+        """DEVICE for a registration, login or link, the same for each attempt. Raises AlreadyRegistered."""
         if self.session is not None:
             raise AlreadyRegistered("this store is logged in already")
         entry = self._store.load(_SPACE, "entry", _Entry)
-        if entry is None or (entry.door, entry.username) != (door, username):
-            entry = self._prepare(door, username, name, platform)
-        call = self._rest.register if door == "register" else self._rest.login
-        session = await call(username, password, device=entry.device, idempotency_key=entry.idempotency_key)
+        if entry is None or (entry.door, entry.username) != (door, who):
+            entry = self._prepare(door, who, name, platform)
+        return entry.device
+
+    def entered(self) -> None:
+        """The server has the device."""
         with self._store.transaction():
             self._store.delete(_SPACE, "entry")
-        return session
+
+    def _key(self) -> str | None:
+        entry = self._store.load(_SPACE, "entry", _Entry)
+        return None if entry is None else entry.idempotency_key
+
+    def _renew_key(self) -> None:
+        entry = self._store.load(_SPACE, "entry", _Entry)
+        if entry is not None:
+            entry.idempotency_key = str(uuid4())
+            with self._store.transaction():
+                self._store.save(_SPACE, "entry", entry)
 
     async def tend_prekeys(self, prekeys: PrekeyStock) -> None:
         """Finish an interrupted upload, rotate the lasting prekeys when due, and fill up what is low."""

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
+from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 from uuid import UUID
@@ -14,19 +15,23 @@ import httpx
 import msgspec
 
 from whispr.client.account import Account, keep_session, load_session
+from whispr.client.actions import Actions
 from whispr.client.backoff import Backoff
 from whispr.client.conversations import Conversations
 from whispr.client.crypto.engine import Engine, Payload
 from whispr.client.crypto.identity import fingerprint
 from whispr.client.devices import Devices
 from whispr.client.events import ChatMessage, ConversationEvent, Notice, OnEvent, OnNotice
+from whispr.client.expiry import Expiry
 from whispr.client.failures import ApiError, ClientError, SessionEnded, Unreachable
 from whispr.client.history import History
 from whispr.client.inbox import Inbox
+from whispr.client.linking import Linking
 from whispr.client.live import Live
-from whispr.client.models import Profile, Sent
-from whispr.client.outbox import Outbox
+from whispr.client.models import Claim, Profile, SecondFactor, Sent
+from whispr.client.outbox import Expires, Outbox
 from whispr.client.rest import RestClient
+from whispr.client.scheduled import Schedule
 from whispr.client.socket import SocketOptions
 from whispr.client.store import Store
 
@@ -83,6 +88,8 @@ class WhisprClient:
         self.account = Account(store, self.rest, now)
         self.conversations = Conversations(store, self.rest)
         self.history = History(store)
+        self.linking = Linking(self.rest, self.account)
+        self.actions = Actions(self.rest, self.history)
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = False
         self._backoff = Backoff(base=0.5, cap=30.0)
@@ -93,9 +100,23 @@ class WhisprClient:
         """Make an account, with this store as its first device. Raises ApiError, Unreachable."""
         await self.account.enter("register", username, password, self._name, self._platform)
 
-    async def login(self, username: str, password: str) -> None:
-        """Add this store as a new device of an account. Raises ApiError, Unreachable."""
-        await self.account.enter("login", username, password, self._name, self._platform)
+    async def login(self, username: str, password: str, second_factor: SecondFactor | None = None) -> None:
+        """Add this store as a new device of an account.
+
+        Raises ApiError (`totp_required`: again, with a second factor), Unreachable.
+        """
+        await self.account.enter("login", username, password, self._name, self._platform, second_factor)
+
+    async def claim_link(self, token: str) -> Claim:
+        """Make this store a device of the account whose other device shows `token`; show the check code to compare.
+
+        `finish_link` then waits for the other device. Raises ApiError, Unreachable, WrongCheckCode.
+        """
+        return await self.linking.claim(token, self._name, self._platform)
+
+    async def finish_link(self, token: str) -> None:
+        """Raises ApiError (`link_refused`, `link_expired`), Unreachable."""
+        await self.linking.finish(token)
 
     @property
     def user_id(self) -> UUID:
@@ -136,15 +157,18 @@ class WhisprClient:
             push=self._push,
             notify=self._notify,
         )
+        self.schedule = Schedule(self.store, self.outbox, self.history, self.rest, self._notify)
+        self._expiry = Expiry(self.store, self.history, self.user_id, notify=self._notify, now=self._now)
         inbox = Inbox(
             self.store,
             self.engine,
             self._devices,
             self.conversations,
             self.history,
+            self._expiry,
             hand_over=self._dispatch,
             acknowledge=self._acknowledge,
-            on_own=self.outbox.seen,
+            on_own=self._own,
         )
         self.live = Live(
             self._socket_url,
@@ -159,6 +183,7 @@ class WhisprClient:
         for conversation_id in self.conversations.ids():
             self.live.open(conversation_id)
         self._spawn(inbox.run())
+        self._spawn(self._expiry.run())
         self._spawn(self._tend())
         self.outbox.start()
         self.live.start()
@@ -231,6 +256,7 @@ class WhisprClient:
         *,
         reply_to_id: UUID | None = None,
         client_id: UUID | None = None,
+        expires: Expires | None = None,
     ) -> Sent:
         """Send, and wait until the server has committed it; offline, that is after coming back.
 
@@ -239,9 +265,39 @@ class WhisprClient:
         """
         return await asyncio.shield(
             self.outbox.send(
-                conversation_id, Payload("text", text), reply_to_id=reply_to_id, client_id=client_id
+                conversation_id,
+                Payload("text", text),
+                reply_to_id=reply_to_id,
+                client_id=client_id,
+                expires=expires,
             )
         )
+
+    async def edit_text(self, message_id: UUID, text: str) -> None:
+        """Give a message of one's own another text; kept and sent like a message. Raises ApiError."""
+        message = self.actions.known(message_id)
+        await asyncio.shield(self.outbox.edit(message, Payload("text", text)))
+
+    async def schedule_text(
+        self,
+        conversation_id: UUID,
+        text: str,
+        send_at: datetime,
+        *,
+        reply_to_id: UUID | None = None,
+        expires: Expires | None = None,
+    ) -> UUID:
+        """Have the server send it later. Returns the id by which `schedule` changes or cancels it."""
+        return await self.schedule.add(
+            conversation_id, Payload("text", text), send_at, reply_to_id=reply_to_id, expires=expires
+        )
+
+    async def reschedule(
+        self, scheduled_id: UUID, *, text: str | None = None, send_at: datetime | None = None
+    ) -> None:
+        """Raises ApiError, for example `already_sent`."""
+        payload = None if text is None else Payload("text", text)
+        await self.schedule.change(scheduled_id, payload=payload, send_at=send_at)
 
     def queue_text(self, conversation_id: UUID, text: str) -> asyncio.Future[Sent]:
         """Like `send_text`, without waiting."""
@@ -253,6 +309,7 @@ class WhisprClient:
 
     async def mark_read(self, conversation_id: UUID, seq: int) -> None:
         """Everything up to `seq`. Delivery is acknowledged by the client itself."""
+        self._read_here(conversation_id, seq)
         await self.live.push(conversation_id, "mark_as_read", {"seq": seq})
 
     def typing(self, conversation_id: UUID, *, stop: bool = False) -> None:
@@ -276,6 +333,14 @@ class WhisprClient:
     def _acknowledge(self, conversation_id: UUID, seq: int) -> None:
         self.live.acknowledge(conversation_id, seq)
 
+    def _own(self, client_id: UUID) -> None:
+        self.outbox.seen(client_id)
+        self.schedule.sent(client_id)
+
+    def _read_here(self, conversation_id: UUID, seq: int) -> None:
+        with self.store.transaction():
+            self._expiry.read(conversation_id, seq)
+
     async def _create(self, kind: str, members: list[UUID], metadata: dict[str, Any] | None = None) -> UUID:
         conversation = await self.rest.create_conversation(kind, members, metadata)
         self.conversations.keep(conversation)
@@ -294,6 +359,7 @@ class WhisprClient:
         if event == "joined":
             # Additions are pushed to whoever is there; whoever was away looks for them.
             self._spawn(self._persist(self._refresh_conversations))
+            self._spawn(self._persist(self.schedule.resume))
         elif event == "conversation_added":
             conversation_id = UUID(payload["conversation"]["id"])
             self._spawn(self._persist(lambda: self._add(conversation_id)))
@@ -303,6 +369,11 @@ class WhisprClient:
             self.conversations.forget(conversation_id)
         elif event == "prekeys_low" and payload.get("device_id") in (None, str(self.device_id)):
             self._spawn(self._persist(lambda: self.account.tend_prekeys(self.engine.prekeys)))
+        elif event == "needs_reencrypt":
+            scheduled_id = UUID(payload["scheduled_id"])
+            self._spawn(self._persist(lambda: self.schedule.encrypt_anew(scheduled_id, payload)))
+        elif event == "read_synced":
+            self._read_here(UUID(payload["conversation_id"]), payload["seq"])
         if event != "undelivered":  # pages of what the conversations' own channels bring
             self._notify(Notice(event, payload))
 

@@ -51,7 +51,14 @@ class Unreachable(ClientError):
 
 
 class SessionEnded(ClientError):
-    """The login is no longer valid (revoked, logged out, device removed); a new login is needed."""
+    """The login is no longer valid (revoked, logged out, device removed); a new login is needed.
+
+    `code` is the server's; `device_expired` means that the device was away too long and is to be linked anew.
+    """
+
+    def __init__(self, detail: str, code: str = "session_ended") -> None:
+        super().__init__(detail)
+        self.code = code
 
 
 class JoinRefused(ApiError):
@@ -83,7 +90,8 @@ class Undecryptable(CryptoError):
 
     `reason` is one of `no_envelope` (not meant for this device, for example sent before it existed),
     `no_session`, `no_sender_key`, `unknown_prekey`, `duplicate`, `bad_signature`, `malformed`, `failed`,
-    `not_post_quantum` (a session without it, where it is required), `unknown_keys`.
+    `not_post_quantum` (a session without it, where it is required), `unknown_keys`, `bad_commitment` (nobody
+    could report the message).
     """
 
     def __init__(self, reason: str) -> None:

@@ -16,12 +16,14 @@ from uuid import UUID
 import msgspec
 
 from whispr.client.backoff import Backoff
+from whispr.client.changes import Changes
 from whispr.client.conversations import Conversations, Cursor
 from whispr.client.crypto.engine import Engine, UnknownSender
 from whispr.client.devices import Devices
 from whispr.client.events import ChatMessage, ConversationEvent
+from whispr.client.expiry import Expiry
 from whispr.client.failures import ApiError, ClientError, Undecryptable
-from whispr.client.history import History
+from whispr.client.history import History, sorted_reactions
 from whispr.client.models import LogEvent, Message
 from whispr.client.store import Store
 
@@ -54,6 +56,7 @@ class Inbox:
         devices: Devices,
         conversations: Conversations,
         history: History,
+        expiry: Expiry,
         *,
         hand_over: Callable[[ConversationEvent], Awaitable[None]],
         acknowledge: Callable[[UUID, int], None],
@@ -64,6 +67,8 @@ class Inbox:
         self._devices = devices
         self._conversations = conversations
         self._history = history
+        self._expiry = expiry
+        self._changes = Changes(conversations, history, engine)
         self._application = hand_over
         self._acknowledge = acknowledge
         self._on_own = on_own
@@ -108,7 +113,8 @@ class Inbox:
                     self._history.hold(event)
                     taken.append(event)
         for event in taken:
-            if event.message is not None and event.message.sender_device_id == self._engine.device_id:
+            own = event.message is not None and event.message.sender_device_id == self._engine.device_id
+            if event.event == "new_message" and event.message is not None and own:
                 self._on_own(event.message.client_id)
         for conversation_id, seq in reached.items():
             self._acknowledge(conversation_id, seq)
@@ -138,26 +144,52 @@ class Inbox:
         """Keep one event. None for a message that the application has already had under another number."""
         name, conversation_id = incoming.event.event, incoming.conversation_id
         payload = msgspec.json.decode(incoming.event.payload, type=dict[str, Any])
-        chat: ChatMessage | None = None
+        chat: ChatMessage | None
         if name == "new_message":
             message = _message(incoming.event.payload)
-            if message is not None:
-                if self._history.find(message.id) is not None:
-                    return None
-                chat = self._read(message, incoming)
-                self._history.add(chat)
+            if message is not None and self._history.find(message.id) is not None:
+                return None
+            chat = None if message is None else self._new(message, incoming)
+        elif name == "message_edited":
+            chat = self._edited(payload, incoming)
         else:
-            self._follow(conversation_id, name, payload)
+            chat = self._changes.apply(conversation_id, name, payload)
         return ConversationEvent(conversation_id, incoming.event.seq, name, payload, chat)
 
-    def _follow(self, conversation_id: UUID, name: str, payload: dict[str, Any]) -> None:
+    def _new(self, message: Message, incoming: Incoming) -> ChatMessage:
+        chat = self._read(message, incoming)
+        self._history.add(chat)
+        if message.is_deleted:
+            return self._history.erase(chat)
+        self._expiry.watch(chat)
+        return chat
+
+    def _edited(self, payload: dict[str, Any], incoming: Incoming) -> ChatMessage | None:
         try:
-            if name == "member_added":
-                self._conversations.change_members(conversation_id, add=UUID(payload["user_id"]))
-            elif name == "member_removed":
-                self._conversations.change_members(conversation_id, remove=UUID(payload["user_id"]))
-        except (KeyError, ValueError):
-            log.warning("The server sent a %s that names nobody.", name)
+            message = msgspec.convert(payload["message"], Message)
+        except (KeyError, msgspec.ValidationError) as error:
+            log.warning("The server sent a malformed message_edited: %s", error)
+            return None
+        known = self._history.find(message.id)
+        if known is None or known.is_deleted:
+            return known
+        if message.is_deleted:
+            return self._history.erase(known)
+        # Nobody but its author may have edited it, whatever the server says.
+        if (message.sender_id, message.client_id) != (known.sender_id, known.client_id):
+            log.warning("The server sent a message_edited for a message of somebody else.")
+            return known
+        if message.content_sha256 != known.content_sha256:
+            chat = self._read(message, incoming)
+            if chat.error is not None:
+                self._history.drop_franking_key(message.id)
+            known = msgspec.structs.replace(
+                chat, seq=known.seq, sent_at=known.sent_at, reactions=known.reactions
+            )
+        # The same content again opens no second time: its key is gone.
+        chat = msgspec.structs.replace(known, edited_at=message.edited_at)
+        self._history.add(chat)
+        return chat
 
     def _read(self, message: Message, incoming: Incoming) -> ChatMessage:
         chat = ChatMessage(
@@ -170,9 +202,18 @@ class Inbox:
             sent_at=message.sent_at,
             kind="unknown",
             reply_to_id=message.reply_to_id,
+            media_ids=message.media_ids or [],
+            edited_at=message.edited_at,
+            reactions=sorted_reactions((r.reaction, r.user_ids) for r in message.reactions),
+            expires_in=message.expires_in,
+            expires_from=message.expires_from,
+            content_sha256=message.content_sha256,
         )
-        if message.sender_device_id == self._engine.device_id:
-            payload = self._history.sent(message.client_id)
+        if message.is_deleted:
+            return chat
+        if message.signing_device_id == self._engine.device_id:
+            edited = message.edited_at is not None
+            payload = self._history.sent(message.client_id, message.content_sha256, edited=edited)
             if payload is None:
                 return msgspec.structs.replace(chat, error="no_envelope")
         elif incoming.failure is not None:
@@ -187,7 +228,9 @@ class Inbox:
                     raise
                 # The server has been asked, and the message still claims keys that are nobody's.
                 return msgspec.structs.replace(chat, error="unknown_keys")
-            sender = self._engine.directory.device(message.sender_device_id)
+            if payload.franking_key is not None and message.content.commitment is not None:
+                self._history.keep_franking_key(message.id, payload.franking_key)
+            sender = self._engine.directory.device(message.signing_device_id)
             chat = msgspec.structs.replace(chat, verified=sender is not None and sender.confirmed)
         return msgspec.structs.replace(chat, kind=payload.kind, text=payload.text, data=payload.data)
 

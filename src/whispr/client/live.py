@@ -182,4 +182,4 @@ class Live:
     def _session_ended(self, ended: SessionEnded) -> None:
         if not self._ended:
             self._ended = True
-            self._notify(Notice("session_ended", {"reason": str(ended)}))
+            self._notify(Notice("session_ended", {"reason": str(ended), "code": ended.code}))

@@ -60,10 +60,20 @@ class Envelope(msgspec.Struct, frozen=True):
 class Content(msgspec.Struct, frozen=True):
     ciphertext: str | None = None
     envelopes: dict[str, Envelope] | None = None
+    commitment: str | None = None
+
+
+class Reaction(msgspec.Struct, frozen=True):
+    reaction: str
+    user_ids: list[UUID]
 
 
 class Message(msgspec.Struct, frozen=True):
-    """`content` holds this device's envelope only; `content_sha256` is what the signature covers."""
+    """`content` holds this device's envelope only; `content_sha256` is what the signature covers.
+
+    `edited_device_id` signed the present content, if that is not `sender_device_id`. A deleted message has neither
+    content nor signature. `expires_in` is in seconds.
+    """
 
     id: UUID
     conversation_id: UUID
@@ -78,6 +88,17 @@ class Message(msgspec.Struct, frozen=True):
     content_sha256: str = ""
     reply_to_id: UUID | None = None
     media_ids: list[UUID] | None = None
+    edited_at: datetime | None = None
+    edited_device_id: UUID | None = None
+    is_deleted: bool = False
+    reactions: list[Reaction] = []
+    expires_in: int | None = None
+    expires_from: str = "sent"
+    expires_at: datetime | None = None
+
+    @property
+    def signing_device_id(self) -> UUID:
+        return self.edited_device_id or self.sender_device_id
 
 
 class Member(msgspec.Struct, frozen=True):
@@ -127,3 +148,71 @@ class Sent(msgspec.Struct, frozen=True):
     seq: int
     sent_at: datetime
     duplicate: bool = False
+
+
+class ScheduledMessage(msgspec.Struct, frozen=True):
+    """A message the server will send at `send_at`.
+
+    `status`: `pending`, `sent`, `needs_reencrypt`, `failed` (`failure` says why), `cancelled`. `needs` are the devices that
+    came and went since it was encrypted.
+    """
+
+    id: UUID
+    conversation_id: UUID
+    client_id: UUID
+    send_at: datetime
+    status: str
+    failure: str | None = None
+    message_id: UUID | None = None
+    needs: dict[str, Any] | None = None
+
+
+class Pin(msgspec.Struct, frozen=True):
+    message_id: UUID
+    pinned_by: UUID
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`is_verified`: what was revealed is what the sender committed to."""
+
+    report_id: UUID
+    is_verified: bool = False
+
+
+class SecondFactor(msgspec.Struct, frozen=True):
+    """A code of the authenticator, or one of the recovery codes."""
+
+    totp_code: str | None = None
+    recovery_code: str | None = None
+
+
+class Link(msgspec.Struct, frozen=True):
+    """A link for a new device. `token` is for its eyes only: shown as a QR code, say. `expires_in` in seconds."""
+
+    link_id: UUID
+    token: str
+    expires_in: float
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """What the new device is told. `check_code` is compared with the other device's screen."""
+
+    link_id: UUID
+    check_code: str
+    expires_in: float
+
+
+class LinkingDevice(msgspec.Struct, frozen=True):
+    name: str
+    platform: str
+    identity_key: bytes
+    signing_key: bytes
+    registration_id: int
+
+
+class LinkStatus(msgspec.Struct, frozen=True):
+    """`status`: `waiting`, `claimed`, `confirmed`, `finished`, `expired`, `refused`."""
+
+    status: str
+    device: LinkingDevice | None = None
+    check_code: str | None = None

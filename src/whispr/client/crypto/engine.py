@@ -7,7 +7,7 @@ their pairwise session, and one shared ciphertext when envelopes would be too la
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -18,6 +18,7 @@ from whispr.client.failures import CryptoError, TooManyDevices, Undecryptable
 from whispr.client.models import Message
 from whispr.client.store import Store
 
+from . import franking
 from .directory import Directory, IdentityChanged, KnownDevice, PinnedKeys
 from .identity import DeviceIdentity
 from .padding import pad, unpad
@@ -41,6 +42,12 @@ class Payload(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     data: dict[str, Any] = {}
     sender_key: Distribution | None = None
+    franking_key: bytes | None = None
+
+    def plaintext(self) -> bytes:
+        """What the sender commits to and a report reveals: JSON of `kind`, `text` and `data`, keys sorted."""
+        said: dict[str, Any] = {"kind": self.kind, "text": self.text, "data": self.data}
+        return msgspec.json.encode({name: value for name, value in said.items() if value}, order="sorted")
 
 
 class Sealed(msgspec.Struct, frozen=True):
@@ -120,15 +127,16 @@ class Engine:
         Raises BundleNeeded, DistributionNeeded (send a payload of kind `sender_key` first), TooManyDevices.
         """
         self._check_sessions(devices, group=group, conversation_id=conversation_id)
+        payload, beside = _franked(payload)
         if not group:
             envelopes = {
                 str(device.device_id): self._pairwise(conversation_id, client_id, device, payload)
                 for device in devices
             }
-            content = {"envelopes": envelopes}
+            content = {"envelopes": envelopes, **beside}
             if len(canonical_json(content)) <= MAX_CONTENT:
                 return Sealed(content, self.sign(conversation_id, client_id, content))
-        return self._seal_for_group(conversation_id, client_id, payload, devices)
+        return self._seal_for_group(conversation_id, client_id, payload, devices, beside)
 
     def sign(self, conversation_id: UUID, client_id: UUID, content: dict[str, Any]) -> bytes:
         return self.identity.sign(message_digest(conversation_id, client_id, content_sha256(content)))
@@ -157,18 +165,24 @@ class Engine:
         payload = _parse(plaintext)
         if payload.sender_key is not None:
             self.sender_keys.receive(message.conversation_id, sender.device_id, payload.sender_key)
+        _check_commitment(message, payload)
         return payload
 
     def check_sender(self, message: Message) -> KnownDevice:
-        """The device that signed the message. Raises UnknownSender or Undecryptable."""
-        sender = self.directory.device(message.sender_device_id)
+        """The device that signed the message as it is now. Raises UnknownSender or Undecryptable."""
+        sender = self.directory.device(message.signing_device_id)
         if sender is None or sender.user_id != message.sender_id:
-            raise UnknownSender(message.sender_id, message.sender_device_id, self._claimed(message))
+            raise UnknownSender(message.sender_id, message.signing_device_id, self._claimed(message))
         self._verify(message, sender)
         return sender
 
     def _seal_for_group(
-        self, conversation_id: UUID, client_id: UUID, payload: Payload, devices: Sequence[KnownDevice]
+        self,
+        conversation_id: UUID,
+        client_id: UUID,
+        payload: Payload,
+        devices: Sequence[KnownDevice],
+        beside: Mapping[str, str],
     ) -> Sealed:
         self._rotate_if_someone_left(conversation_id, devices)
         holders = self.sender_keys.holders(conversation_id)
@@ -193,11 +207,11 @@ class Engine:
                 given[device.device_id] = registration
                 envelope = self._pairwise(conversation_id, client_id, device, with_key)
             envelopes[str(device.device_id)] = envelope
-        content = {"envelopes": envelopes}
+        content = {"envelopes": envelopes, **beside}
         if len(canonical_json(content)) > MAX_CONTENT:
             if given:
                 raise DistributionNeeded("the sender key must be distributed first")
-            content = {"ciphertext": shared}
+            content = {"ciphertext": shared, **beside}
         return Sealed(content, self.sign(conversation_id, client_id, content), message.chain_id, given)
 
     def _hand_out(
@@ -287,7 +301,9 @@ class Engine:
             raise Undecryptable("bad_signature")
         shared = message.content.ciphertext
         whole = shared is not None and not message.content.envelopes
-        if whole and content_sha256({"ciphertext": shared}) != digest:
+        commitment = message.content.commitment
+        beside = {} if commitment is None else {"commitment": commitment}
+        if whole and content_sha256({"ciphertext": shared, **beside}) != digest:
             raise Undecryptable("bad_signature")
 
     def _claimed(self, message: Message) -> PinnedKeys | None:
@@ -298,6 +314,27 @@ class Engine:
         if handshake is None:
             return None
         return PinnedKeys(handshake.registration_id, handshake.identity_key, handshake.signing_key)
+
+
+def _franked(payload: Payload) -> tuple[Payload, dict[str, str]]:
+    """The payload with a franking key inside, and what stands beside the ciphertext for it."""
+    if payload.kind == "sender_key":
+        return payload, {}
+    # As its reader will have it: what msgpack carries in another form would give another plaintext.
+    payload = _parse(pad(msgspec.msgpack.encode(payload)))
+    key = franking.new_key()
+    commitment = franking.commit(key, payload.plaintext())
+    return msgspec.structs.replace(payload, franking_key=key), {"commitment": encode_base64(commitment)}
+
+
+def _check_commitment(message: Message, payload: Payload) -> None:
+    if message.content.commitment is None:
+        return
+    # A commitment to something else would make a message that nobody can report.
+    if not franking.matches(
+        _body(message.content.commitment), payload.franking_key or b"", payload.plaintext()
+    ):
+        raise Undecryptable("bad_commitment")
 
 
 def _body(text: str) -> bytes:
