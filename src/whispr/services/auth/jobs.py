@@ -58,7 +58,10 @@ def _eraser(target: EraseTarget) -> Handler:
 
 async def _clean(auth: Auth) -> None:
     cleaned = await auth.housekeeping.clean()
-    log.info("cleanup_done", sessions=cleaned.sessions, revocations=cleaned.revocations)
+    expired = await auth.expiry.run()
+    log.info(
+        "cleanup_done", sessions=cleaned.sessions, revocations=cleaned.revocations, devices_expired=expired
+    )
 
 
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:

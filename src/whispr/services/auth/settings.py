@@ -36,6 +36,8 @@ class AuthSettings(ServiceSettings):
     idempotency_seconds: float = Field(default=DAY, ge=60)
 
     max_devices: int = Field(default=10, ge=1, le=100)
+    # A device that was not seen for as long leaves the account; 0: none does.
+    device_expiry_days: int = Field(default=90, ge=0, le=3650)
     max_sessions_per_device: int = Field(default=20, ge=1, le=1000)
     max_one_time_prekeys: int = Field(default=1000, ge=100, le=100000)
     low_prekeys: int = Field(default=10, ge=1, le=100)

@@ -13,6 +13,7 @@ def upgrade() -> None:
         ALTER TABLE devices ADD COLUMN expired_at timestamptz,
             ADD CONSTRAINT devices_expired_are_revoked CHECK (expired_at IS NULL OR status = 'revoked');
         CREATE INDEX devices_by_last_seen ON devices (last_seen_day, account_id) WHERE status = 'active';
+        CREATE INDEX sessions_by_revocation ON sessions (revoked_at) WHERE revoked_at IS NOT NULL;
 
         CREATE TABLE device_links (
             id uuid PRIMARY KEY,
@@ -69,7 +70,7 @@ def downgrade() -> None:
     op.execute(
         """
         DROP TABLE recovery_codes, second_factors, device_links;
-        DROP INDEX devices_by_last_seen;
+        DROP INDEX sessions_by_revocation, devices_by_last_seen;
         ALTER TABLE devices DROP COLUMN expired_at;
         """
     )

@@ -5,6 +5,7 @@ from whispr.services.auth.models.failures import (
     BadTotpCode,
     BadTotpCodeAtLogin,
     Busy,
+    DeviceExpired,
     DeviceKeysDiffer,
     DeviceNotFound,
     IdempotencyKeyReused,
@@ -72,6 +73,7 @@ from whispr.services.auth.models.records import (
     Tokens,
 )
 from whispr.services.auth.models.words import (
+    DEVICE_EXPIRED,
     ERASING_SERVICES,
     ROLES,
     USERNAME,
@@ -88,6 +90,7 @@ from whispr.services.auth.models.words import (
 )
 
 __all__ = [
+    "DEVICE_EXPIRED",
     "ERASING_SERVICES",
     "NO_CODES",
     "ROLES",
@@ -105,6 +108,7 @@ __all__ = [
     "DeliveryOutcome",
     "DeliveryReport",
     "Device",
+    "DeviceExpired",
     "DeviceKeysDiffer",
     "DeviceList",
     "DeviceNotFound",

@@ -101,6 +101,12 @@ class RefreshTokenExpired(Unauthenticated):
     code = "refresh_token_expired"
 
 
+class DeviceExpired(Unauthenticated):
+    """This device was away for too long and has left the account. Link it anew."""
+
+    code = "device_expired"
+
+
 class RefreshReused(Unauthenticated):
     """This refresh token was used before. Its session is revoked; log in again."""
 

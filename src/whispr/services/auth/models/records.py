@@ -40,6 +40,7 @@ class Device:
     status: str
     created_at: datetime
     last_seen_day: date
+    expired_at: datetime | None
     has_push_token: bool = False
 
     @property
@@ -77,7 +78,8 @@ class Family:
     device_id: UUID
     family_key: bytes
     expires_at: datetime
-    revoked_at: datetime | None
+    revoked_at: datetime | None = None
+    revoke_reason: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,10 @@ ROLES = ("admin", "moderator")
 ERASING_SERVICES = ("user", "messaging", "notification", "scheduling", "media", "moderation")
 
 
+# Why the sessions of a device that was away for too long have ended; their refresh says it for a year.
+DEVICE_EXPIRED = "device_expired"
+
+
 def erase_topic(service: str) -> str:
     """The outbox topic that tells `service` of a deleted account."""
     return f"erase_user.{service}"

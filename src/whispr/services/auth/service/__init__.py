@@ -19,6 +19,7 @@ from whispr.services.auth.service.credentials import Credentials
 from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.devices import Devices
 from whispr.services.auth.service.entry import Entry
+from whispr.services.auth.service.expiry import Expiry
 from whispr.services.auth.service.housekeeping import Housekeeping
 from whispr.services.auth.service.joining import Joining
 from whispr.services.auth.service.limits import Limiter, Limits
@@ -68,6 +69,7 @@ class Auth:
     second_factor: SecondFactor
     signing: SigningKeys
     source: Source
+    expiry: Expiry
     housekeeping: Housekeeping
     limits: Limits
     announcer: Announcer
@@ -126,6 +128,7 @@ def build_auth(
         second_factor=second_factor,
         signing=signing,
         source=Source(db, signing),
+        expiry=Expiry(db, clock, announcer, audit, settings),
         housekeeping=Housekeeping(db, clock, vault, data_keys, push_tokens, second_factor, signing, settings),
         limits=limits,
         announcer=announcer,

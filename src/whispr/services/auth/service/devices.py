@@ -44,7 +44,7 @@ class Devices:
                 return
             living = await store.sessions.live_of_device(tx, device_id, now)
             await store.sessions.revoke(tx, living, "device_removed", now)
-            await store.devices.revoke(tx, device_id, now)
+            await store.devices.revoke(tx, [device_id], now)
             await store.sessions.add_revocations(tx, Subject.DEVICE, [device_id], now)
             epoch = await store.accounts.bump_epoch(tx, caller.user_id)
             await self._audit.record(

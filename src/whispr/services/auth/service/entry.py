@@ -19,6 +19,7 @@ from whispr.services.auth.models import (
     NO_CODES,
     Account,
     Codes,
+    DeviceExpired,
     DeviceKeysDiffer,
     Family,
     IdempotencyKeyReused,
@@ -31,6 +32,7 @@ from whispr.services.auth.models import (
 from whispr.services.auth.service.announcements import Announcer
 from whispr.services.auth.service.audit import AuditTrail
 from whispr.services.auth.service.credentials import Credentials
+from whispr.services.auth.service.expiry import is_remembered
 from whispr.services.auth.service.joining import Joining
 from whispr.services.auth.service.limits import Limits
 from whispr.services.auth.service.prekeys import check_device
@@ -216,8 +218,10 @@ class Entry:
         self, tx: Connection, account_id: UUID, device_id: UUID, device: NewDevice | None, attempt: _Attempt
     ) -> _Opened:
         known = await store.devices.by_id(tx, device_id)
-        if known is None or known.account_id != account_id or not known.active:
+        if known is None or known.account_id != account_id:
             raise InvalidCredentials
+        if not known.active:
+            raise DeviceExpired if is_remembered(known, self._clock.now()) else InvalidCredentials
         if device is not None and (device.identity_key, device.signing_key) != (
             known.identity_key,
             known.signing_key,

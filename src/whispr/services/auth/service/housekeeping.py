@@ -12,6 +12,7 @@ from whispr.kit.db import Database
 from whispr.kit.identity import MAX_TOKEN_LIFETIME
 from whispr.services.auth import store
 from whispr.services.auth.service.data_keys import DataKeys
+from whispr.services.auth.service.expiry import REMEMBERED
 from whispr.services.auth.service.push_tokens import PushTokens
 from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.signing import SKEW, SigningKeys
@@ -69,7 +70,13 @@ class Housekeeping:
         now = self._clock.now()
         sessions = 0
         async with self._db.connection() as connection:
-            while batch := await store.housekeeping.drop_sessions(connection, now, now - KEEP_REVOKED):
+            while batch := await store.housekeeping.drop_sessions(
+                connection,
+                now,
+                now - KEEP_REVOKED,
+                now - REMEMBERED,
+                devices_expire=self._settings.device_expiry_days > 0,
+            ):
                 sessions += batch
             while await store.housekeeping.drop_used_refresh_tokens(connection, now - KEEP_USED_TOKENS):
                 pass

@@ -22,6 +22,8 @@ from whispr.kit.identity import Caller, Revocation
 from whispr.kit.ids import uuid7
 from whispr.services.auth import store
 from whispr.services.auth.models import (
+    DEVICE_EXPIRED,
+    DeviceExpired,
     Family,
     InvalidRefreshToken,
     Origin,
@@ -77,7 +79,7 @@ class Sessions:
         would leave thousands behind.
         """
         now = self._clock.now()
-        family = Family(uuid7(), account_id, device_id, secrets.token_bytes(32), now + self._lifetime, None)
+        family = Family(uuid7(), account_id, device_id, secrets.token_bytes(32), now + self._lifetime)
         await store.sessions.insert(tx, family, now)
         token = await self.new_token(tx, family)
         living = await store.sessions.live_of_device(tx, device_id, now)
@@ -123,7 +125,8 @@ class Sessions:
 
         The token just spent gives the same successor again for `refresh_grace_seconds`, as long as the successor was
         not used: the answer may have been lost. Any other use of a spent token, or from another device than the
-        session's where the caller names one, ends the family and raises `RefreshReused`.
+        session's where the caller names one, ends the family and raises `RefreshReused`. Raises `DeviceExpired` for a
+        year after the device was away for too long.
         """
         await self._limits.refresh(origin)
         token = _decode(refresh_token)
@@ -132,7 +135,7 @@ class Sessions:
             if family is None or not hmac.compare_digest(_tag(family, token), token[-_TAG_BYTES:]):
                 raise InvalidRefreshToken
             if family.revoked_at is not None:
-                raise SessionRevoked
+                raise DeviceExpired if family.revoke_reason == DEVICE_EXPIRED else SessionRevoked
             successor: str | None = None
             roles: list[str] = []
             revocations: list[Revocation] = []

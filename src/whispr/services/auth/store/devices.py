@@ -14,7 +14,7 @@ from whispr.services.auth.models import Device, DeviceList, NewDevice
 
 _COLUMNS = """
     d.id, d.account_id, d.name, d.platform, d.registration_id, d.identity_key, d.signing_key, d.status, d.created_at,
-    d.last_seen_day,
+    d.last_seen_day, d.expired_at,
     EXISTS (SELECT FROM push_tokens p WHERE p.device_id = d.id AND p.status = 'active') AS has_push_token
 """
 
@@ -110,11 +110,63 @@ def _from_values(values: list[Any]) -> Device:
     return Device(*values)
 
 
-async def revoke(tx: Connection, device_id: UUID, now: datetime) -> None:
-    """End a device: its prekeys and push tokens are gone, its public keys stay for what it signed."""
+async def revoke(
+    tx: Connection, device_ids: Sequence[UUID], now: datetime, *, are_expired: bool = False
+) -> None:
+    """End devices: their prekeys and push tokens are gone, their public keys stay for what they signed."""
     for table in ("lasting_prekeys", "one_time_prekeys", "spent_prekeys", "push_tokens"):
-        await tx.execute(f"DELETE FROM {table} WHERE device_id = $1", device_id)
-    await tx.execute("UPDATE devices SET status = 'revoked', revoked_at = $2 WHERE id = $1", device_id, now)
+        await tx.execute(f"DELETE FROM {table} WHERE device_id = ANY($1::uuid[])", list(device_ids))
+    await tx.execute(
+        """
+        UPDATE devices SET status = 'revoked', revoked_at = $2, expired_at = CASE WHEN $3 THEN $2::timestamptz END
+        WHERE id = ANY($1::uuid[])
+        """,
+        list(device_ids),
+        now,
+        are_expired,
+    )
+
+
+async def accounts_with_absent(
+    connection: Connection, before: date, after: UUID | None, limit: int
+) -> list[UUID]:
+    """Accounts beyond `after` with an active device that was last seen before the day `before`, in order."""
+    rows = await connection.fetch(
+        """
+        SELECT DISTINCT account_id FROM devices
+        WHERE status = 'active' AND last_seen_day < $1 AND ($2::uuid IS NULL OR account_id > $2)
+        ORDER BY account_id
+        LIMIT $3
+        """,
+        before,
+        after,
+        limit,
+    )
+    return [row["account_id"] for row in rows]
+
+
+async def absent(tx: Connection, account_id: UUID, before: date) -> list[UUID]:
+    """The account's active devices that were last seen before the day `before`."""
+    rows = await tx.fetch(
+        "SELECT id FROM devices WHERE account_id = $1 AND status = 'active' AND last_seen_day < $2 ORDER BY id",
+        account_id,
+        before,
+    )
+    return [row["id"] for row in rows]
+
+
+async def lock_absent(tx: Connection, device_ids: Sequence[UUID], before: date) -> list[UUID]:
+    """Those of the devices that are still active and not seen since, locked."""
+    rows = await tx.fetch(
+        """
+        SELECT id FROM devices WHERE id = ANY($1::uuid[]) AND status = 'active' AND last_seen_day < $2
+        ORDER BY id
+        FOR NO KEY UPDATE
+        """,
+        list(device_ids),
+        before,
+    )
+    return [row["id"] for row in rows]
 
 
 async def seen(tx: Connection, device_id: UUID, day: date) -> None:

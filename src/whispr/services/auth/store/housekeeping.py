@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from whispr.kit.db import Connection
+from whispr.services.auth.models import DEVICE_EXPIRED
 
 # Big enough to keep up, small enough that one statement holds its locks for well under a second.
 BATCH = 5_000
@@ -16,19 +17,42 @@ def _count(status: str) -> int:
     return int(status.rsplit(" ", 1)[1])
 
 
-async def drop_sessions(connection: Connection, now: datetime, revoked_before: datetime) -> int:
-    """Remove a batch of sessions that expired, or were revoked long ago, with their tokens; how many."""
+async def drop_sessions(
+    connection: Connection,
+    now: datetime,
+    revoked_before: datetime,
+    device_expired_before: datetime,
+    *,
+    devices_expire: bool,
+) -> int:
+    """Remove a batch of sessions that expired, or were revoked long ago, with their tokens; how many.
+
+    Those that say of a device that it was away for too long stay longer, and so does, while devices expire, the session
+    with which an active one was last seen: it is what that will be said to.
+    """
     return _count(
         await connection.execute(
             """
             DELETE FROM sessions WHERE id IN (
-                SELECT id FROM sessions WHERE expires_at <= $1 OR revoked_at <= $2
-                LIMIT $3 FOR UPDATE SKIP LOCKED
+                SELECT s.id FROM sessions s
+                WHERE (s.expires_at <= $1 OR s.revoked_at <= $2) AND CASE
+                    WHEN s.revoke_reason = $6 THEN s.revoked_at <= $3
+                    WHEN s.revoked_at IS NOT NULL THEN true
+                    ELSE NOT ($5 AND EXISTS (
+                        SELECT FROM devices d
+                        WHERE d.id = s.device_id AND d.status = 'active'
+                            AND s.last_used_at >= d.last_seen_day::timestamp AT TIME ZONE 'UTC'
+                    ))
+                END
+                LIMIT $4 FOR UPDATE OF s SKIP LOCKED
             )
             """,
             now,
             revoked_before,
+            device_expired_before,
             BATCH,
+            devices_expire,
+            DEVICE_EXPIRED,
         )
     )
 

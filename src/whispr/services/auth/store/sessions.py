@@ -32,7 +32,7 @@ async def lock_family(tx: Connection, session_id: UUID) -> Family | None:
     """The session, locked: refreshes of one family go one after the other."""
     row = await tx.fetchrow(
         """
-        SELECT id, account_id, device_id, family_key, expires_at, revoked_at FROM sessions
+        SELECT id, account_id, device_id, family_key, expires_at, revoked_at, revoke_reason FROM sessions
         WHERE id = $1
         FOR NO KEY UPDATE
         """,
@@ -97,6 +97,19 @@ async def live_of_device(tx: Connection, device_id: UUID, now: datetime) -> list
         now,
     )
     return [row["id"] for row in rows]
+
+
+async def lock_of_devices(tx: Connection, device_ids: Sequence[UUID]) -> list[tuple[UUID, UUID]]:
+    """(session, device) of what the devices have not ended, expired ones included; locked, refreshes under way awaited."""
+    rows = await tx.fetch(
+        """
+        SELECT id, device_id FROM sessions WHERE device_id = ANY($1::uuid[]) AND revoked_at IS NULL
+        ORDER BY id
+        FOR NO KEY UPDATE
+        """,
+        list(device_ids),
+    )
+    return [(row["id"], row["device_id"]) for row in rows]
 
 
 async def live_of_account(tx: Connection, account_id: UUID) -> list[UUID]:
