@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from uuid import UUID
 
 import whispr
 from whispr.kit.db import Database
@@ -13,6 +14,8 @@ from whispr.kit.outbox import Dispatcher, Handler
 from whispr.kit.process import Context, Service
 from whispr.kit.settings import load, split_bind
 from whispr.services.auth.client import AuthClient
+from whispr.services.media.client import MediaClient
+from whispr.services.media.client import MediaLink as LinkOfMedia
 from whispr.services.messaging import api, channels, jobs, rpc
 from whispr.services.messaging.models import Announcement
 from whispr.services.messaging.service.announcing import Announcing, Online
@@ -23,9 +26,17 @@ from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.erasure import Erasure
 from whispr.services.messaging.service.events import EventBus
 from whispr.services.messaging.service.history import History
+from whispr.services.messaging.service.expiry import Expiry
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.last_seen import LastSeen
 from whispr.services.messaging.service.members import Members
+from whispr.services.messaging.service.media_links import (
+    MEDIA_LINKED,
+    MEDIA_UNLINKED,
+    MediaAccess,
+    MediaLink,
+    MediaLinks,
+)
 from whispr.services.messaging.service.opening import Openings
 from whispr.services.messaging.service.outdated import Outdated
 from whispr.services.messaging.service.pace import Pace
@@ -35,10 +46,12 @@ from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.status import Status
+from whispr.services.messaging.service.retention import Retention
 from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.service.visibility import Visibility
 from whispr.services.messaging.settings import MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
+from whispr.services.messaging.service.usage import Usage
 from whispr.services.notification.client import Event, NotificationClient
 from whispr.services.user.client import UserClient
 
@@ -68,10 +81,10 @@ async def build(context: Context) -> Service:
     dispatcher = Dispatcher(
         database,
         clock,
-        _announcing(context, database, whereabouts.presence),
+        {**_announcing(context, database, whereabouts.presence), **_media_links(context)},
         batch=20,
         ttl=timedelta(hours=settings.outbox_hours),
-        lasting={REPORT_SUBMITTED},
+        lasting={REPORT_SUBMITTED, MEDIA_LINKED, MEDIA_UNLINKED},
     )
     reports = Reports(
         database, clock, context.limiter, dispatcher.wake, life=timedelta(days=settings.report_days)
@@ -79,6 +92,11 @@ async def build(context: Context) -> Service:
     structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
     members = Members(structure, read_receipts, context.limiter)
     conversations = Conversations(structure, members, read_receipts, context.limiter)
+    expiry = Expiry(database, clock, bus.publish, bus.suspect, dispatcher.wake)
+    receipts.on_moved(expiry.readers_moved)
+    bus.on_structure(expiry.reconsider)
+    longest = timedelta(days=settings.retention_days) if settings.retention_days else None
+    retention = Retention(database, clock, bus.publish, bus.suspect, dispatcher.wake, longest=lambda: longest)
     housekeeping = Housekeeping(
         database,
         clock,
@@ -87,6 +105,7 @@ async def build(context: Context) -> Service:
     )
     sending_database = Database(
         settings.database_url,
+        erased=lambda: expiry.erased,
         pool_size=2,
         application_name="whispr-messaging-sending",
         settings=PLANNER,
@@ -108,6 +127,7 @@ async def build(context: Context) -> Service:
         pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
     )
     rooms = channels.Rooms(bus)
+        on_expiring=expiry.expects,
     typists = channels.Typists(rooms, bus, directory, contact, clock)
     channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
     desk = channels.Desk(
@@ -163,9 +183,18 @@ async def build(context: Context) -> Service:
     return Service(
         name="messaging",
         http=http,
-        rpc=[rpc.register(Erasure(structure)), maintenance.register],
+        rpc=[
+            rpc.register(
+                Erasure(structure),
+                expiry,
+                retention,
+                MediaAccess(database, clock),
+                Usage(database, clock, threshold=settings.usage_threshold),
+            ),
+            maintenance.register,
+        ],
         loops={
-            **jobs.loops(dispatcher, receipts, housekeeping, reports),
+            **jobs.loops(dispatcher, receipts, housekeeping, expiry, retention, reports),
             "sending": sending.run,
             "events": bus.run,
             "typing": typists.run,
@@ -218,3 +247,30 @@ def _announcing(context: Context, database: Database, online: Online) -> dict[st
     if channel is None:
         return {}
     return Announcing(database, Announcer(NotificationClient(channel)), online).handlers()
+
+
+class LinkTeller:
+    """Puts messaging's links into media's words."""
+
+    def __init__(self, media: MediaClient) -> None:
+        self._media = media
+
+    async def link(self, operation_id: UUID, links: Sequence[MediaLink]) -> None:
+        """These messages refer to media; the same again changes nothing."""
+        await self._media.link_media(operation_id, links=[_link(link) for link in links])
+
+    async def unlink(self, operation_id: UUID, links: Sequence[MediaLink]) -> None:
+        """These messages do not any more, for good."""
+        await self._media.link_media(operation_id, unlinks=[_link(link) for link in links])
+
+
+def _link(link: MediaLink) -> LinkOfMedia:
+    return LinkOfMedia(link.message_id, link.conversation_id, link.sender_id, link.media_ids)
+
+
+def _media_links(context: Context) -> dict[str, Handler]:
+    # Where media does not run, nobody can have uploaded anything; the few rows wait for it.
+    channel = context.channel("media")
+    if channel is None:
+        return {}
+    return MediaLinks(LinkTeller(MediaClient(channel))).handlers()

@@ -8,23 +8,33 @@ from collections.abc import Awaitable, Callable
 from whispr.kit.errors import Unavailable
 from whispr.kit.outbox import Dispatcher
 from whispr.kit.telemetry import get_logger
+from whispr.services.messaging.service.expiry import Expiry
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import Reports
+from whispr.services.messaging.service.retention import Retention
 
 log = get_logger(__name__)
 
 HOUSEKEEPING_SECONDS = 6 * 3600.0
+RETENTION_SECONDS = 1800.0
 
 
 def loops(
-    dispatcher: Dispatcher, receipts: Receipts, housekeeping: Housekeeping, reports: Reports
+    dispatcher: Dispatcher,
+    receipts: Receipts,
+    housekeeping: Housekeeping,
+    expiry: Expiry,
+    retention: Retention,
+    reports: Reports,
 ) -> dict[str, Callable[[], Awaitable[None]]]:
     """The supervised loops by name."""
     return {
         "outbox": dispatcher.run,
         "receipts": receipts.run,
         "housekeeping": lambda: _every(HOUSEKEEPING_SECONDS, housekeeping.run_once),
+        "expiry": expiry.run,
+        "retention": lambda: _every(RETENTION_SECONDS, retention.purge_outdated),
         "reports": lambda: _every(HOUSEKEEPING_SECONDS, reports.forget_old),
     }
 

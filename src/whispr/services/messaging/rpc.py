@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import grpc
+import msgspec
 
 from whispr.contracts import messaging_pb2, messaging_pb2_grpc
-from whispr.kit.rpc_fields import read_id
+from whispr.kit.rpc_fields import read_id, read_time
 from whispr.services.messaging.service.erasure import Erasure
+from whispr.services.messaging.service.expiry import Expiry
+from whispr.services.messaging.service.media_links import MediaAccess
+from whispr.services.messaging.service.retention import Retention
+from whispr.services.messaging.service.usage import Usage
+
+# Just under half of what a caller waits, so that the answer with what was done still reaches it.
+CLEANUP_SECONDS = 25.0
 
 Call = grpc.aio.ServicerContext[Any, Any]
 
@@ -17,8 +26,14 @@ Call = grpc.aio.ServicerContext[Any, Any]
 class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
     """Turns messages into calls of the rules and answers into messages."""
 
-    def __init__(self, erasure: Erasure) -> None:
+    def __init__(
+        self, erasure: Erasure, expiry: Expiry, retention: Retention, media_access: MediaAccess, usage: Usage
+    ) -> None:
         self._erasure = erasure
+        self._expiry = expiry
+        self._retention = retention
+        self._media_access = media_access
+        self._usage = usage
 
     async def EraseUser(
         self, request: messaging_pb2.EraseUserRequest, context: Call
@@ -28,11 +43,47 @@ class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
         left = await self._erasure.erase(read_id("user_id", request.user_id))
         return messaging_pb2.EraseUserResponse(conversations_left=left)
 
+    async def CleanupExpiredMessages(
+        self, request: messaging_pb2.CleanupExpiredMessagesRequest, context: Call
+    ) -> messaging_pb2.CleanupExpiredMessagesResponse:
+        # What is erased stays erased, so a repeat only goes on; a caller without an operation is still wrong.
+        read_id("operation_id", request.operation_id)
+        deadline = time.monotonic() + CLEANUP_SECONDS
 
-def register(erasure: Erasure) -> Callable[[grpc.aio.Server], None]:
+        def is_over() -> bool:
+            return time.monotonic() >= deadline
+
+        expired = await self._expiry.erase_due(until=is_over)
+        purged = await self._retention.purge_outdated(until=is_over)
+        return messaging_pb2.CleanupExpiredMessagesResponse(expired=expired, purged=purged, more=is_over())
+
+    async def AuthorizeMediaAccess(
+        self, request: messaging_pb2.AuthorizeMediaAccessRequest, context: Call
+    ) -> messaging_pb2.AuthorizeMediaAccessResponse:
+        allowed = await self._media_access.may_see(
+            read_id("user_id", request.user_id),
+            read_id("media_id", request.media_id),
+            read_id("owner_id", request.owner_id),
+        )
+        return messaging_pb2.AuthorizeMediaAccessResponse(allowed=allowed)
+
+    async def GenerateUsageReport(
+        self, request: messaging_pb2.GenerateUsageReportRequest, context: Call
+    ) -> messaging_pb2.GenerateUsageReportResponse:
+        read_id("operation_id", request.operation_id)
+        report = await self._usage.report(
+            read_time("from", getattr(request, "from")), read_time("until", request.until)
+        )
+        return messaging_pb2.GenerateUsageReportResponse(report=msgspec.json.encode(report).decode())
+
+
+def register(
+    erasure: Erasure, expiry: Expiry, retention: Retention, media_access: MediaAccess, usage: Usage
+) -> Callable[[grpc.aio.Server], None]:
     """What puts the servicer on a server."""
 
     def add(server: grpc.aio.Server) -> None:
-        messaging_pb2_grpc.add_MessagingServiceServicer_to_server(MessagingServicer(erasure), server)
+        servicer = MessagingServicer(erasure, expiry, retention, media_access, usage)
+        messaging_pb2_grpc.add_MessagingServiceServicer_to_server(servicer, server)
 
     return add

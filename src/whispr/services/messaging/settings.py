@@ -33,6 +33,12 @@ class MessagingSettings(ServiceSettings):
     cursor_days: int = Field(
         default=180, ge=1, description="A device silent for longer is served like a new one."
     )
+    retention_days: int = Field(
+        default=0, ge=0, le=36_500, description="Messages older than this are purged; 0 keeps them."
+    )
+    usage_threshold: int = Field(
+        default=10, ge=2, description="Numbers about fewer people are left out of usage reports."
+    )
     report_days: int = Field(default=365, ge=1, description="How long a report is kept here.")
     outbox_hours: float = Field(
         default=24, gt=0, description="A notification that waited longer helps nobody."
