@@ -25,11 +25,10 @@ from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.erasure import Erasure
 from whispr.services.messaging.service.events import EventBus
-from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.expiry import Expiry
+from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.last_seen import LastSeen
-from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.media_links import (
     MEDIA_LINKED,
     MEDIA_UNLINKED,
@@ -37,21 +36,22 @@ from whispr.services.messaging.service.media_links import (
     MediaLink,
     MediaLinks,
 )
+from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.opening import Openings
 from whispr.services.messaging.service.outdated import Outdated
 from whispr.services.messaging.service.pace import Pace
 from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
+from whispr.services.messaging.service.retention import Retention
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.status import Status
-from whispr.services.messaging.service.retention import Retention
 from whispr.services.messaging.service.structure import Structure
+from whispr.services.messaging.service.usage import Usage
 from whispr.services.messaging.service.visibility import Visibility
 from whispr.services.messaging.settings import MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
-from whispr.services.messaging.service.usage import Usage
 from whispr.services.notification.client import Event, NotificationClient
 from whispr.services.user.client import UserClient
 
@@ -89,23 +89,23 @@ async def build(context: Context) -> Service:
     reports = Reports(
         database, clock, context.limiter, dispatcher.wake, life=timedelta(days=settings.report_days)
     )
-    structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
-    members = Members(structure, read_receipts, context.limiter)
-    conversations = Conversations(structure, members, read_receipts, context.limiter)
     expiry = Expiry(database, clock, bus.publish, bus.suspect, dispatcher.wake)
     receipts.on_moved(expiry.readers_moved)
     bus.on_structure(expiry.reconsider)
     longest = timedelta(days=settings.retention_days) if settings.retention_days else None
     retention = Retention(database, clock, bus.publish, bus.suspect, dispatcher.wake, longest=lambda: longest)
+    structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
+    members = Members(structure, read_receipts, context.limiter)
+    conversations = Conversations(structure, members, read_receipts, context.limiter)
     housekeeping = Housekeeping(
         database,
         clock,
         receipt_detail=timedelta(days=settings.receipt_detail_days),
         cursor_life=timedelta(days=settings.cursor_days),
+        erased=lambda: expiry.erased,
     )
     sending_database = Database(
         settings.database_url,
-        erased=lambda: expiry.erased,
         pool_size=2,
         application_name="whispr-messaging-sending",
         settings=PLANNER,
@@ -124,10 +124,10 @@ async def build(context: Context) -> Service:
         signatures,
         bus.publish,
         bus.suspect,
+        on_expiring=expiry.expects,
         pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
     )
     rooms = channels.Rooms(bus)
-        on_expiring=expiry.expects,
     typists = channels.Typists(rooms, bus, directory, contact, clock)
     channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
     desk = channels.Desk(
