@@ -178,13 +178,13 @@ class Sending:
             raise BadSignature
         return parsed
 
-    async def ensure_open(self, conversation_id: UUID, user_id: UUID) -> None:
-        """Check that a person may do anything at all in a conversation, whatever their role.
-
     def count(self, device_id: UUID) -> None:
         """Count a change of a message against the pace of sending. Raises `RateLimited`."""
         if self._pace is not None:
             self._pace.count(device_id)
+
+    async def ensure_open(self, conversation_id: UUID, user_id: UUID) -> None:
+        """Check that a person may do anything at all in a conversation, whatever their role.
 
         Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser` or `Unavailable`.
         """
