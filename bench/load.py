@@ -137,6 +137,7 @@ class Device(WSListener):
         self.on_frame: Callable[[bytes], None] | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._replies: dict[bytes, asyncio.Future[bytes]] = {}
+        self._pushes = 0
 
     def on_ws_connected(self, transport: WSTransport) -> None:
         self.transport = transport
@@ -164,14 +165,29 @@ class Device(WSListener):
         assert self.transport is not None
         self.transport.send(WSMsgType.TEXT, frame)
 
-    async def join(self, topic: str, ref: str, timeout: float = 60) -> dict[str, Any]:
+    async def join(
+        self, topic: str, ref: str, timeout: float = 60, params: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Join `topic` with `ref` as its join_ref; the reply's response. Raises RuntimeError when refused."""
+        return await self._ask(ref, topic, "phx_join", params or {}, timeout)
+
+    async def push(
+        self, topic: str, event: str, payload: dict[str, Any], timeout: float = 60
+    ) -> dict[str, Any]:
+        """Push on a topic joined as "1"; the reply's response. Raises RuntimeError when refused."""
+        self._pushes += 1
+        return await self._ask(f"p{self._pushes}", topic, event, payload, timeout)
+
+    async def _ask(
+        self, ref: str, topic: str, event: str, payload: dict[str, Any], timeout: float
+    ) -> dict[str, Any]:
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         self._replies[ref.encode()] = answer
-        self.send(f'["{ref}","{ref}","{topic}","phx_join",{{}}]'.encode())
+        join_ref = ref if event == "phx_join" else "1"
+        self.send(f'["{join_ref}","{ref}","{topic}","{event}",{json.dumps(payload)}]'.encode())
         reply = json.loads(await asyncio.wait_for(answer, timeout))[4]
         if reply["status"] != "ok":
-            raise RuntimeError(f"join of {topic} refused: {reply}")
+            raise RuntimeError(f"{event} of {topic} refused: {reply}")
         response: dict[str, Any] = reply["response"]
         return response
 

@@ -39,7 +39,7 @@ def publish(scenario: str, setting: str, rows: list[dict[str, Any]], **more: Any
     """Print `rows` (one shape) as a table, then everything as one line of JSON."""
     console = Console(width=140)
     date = datetime.now(UTC).strftime("%Y-%m-%d")
-    table = Table(title=f"{scenario}, {date}", caption=f"{machine()}\n{setting}")
+    table = Table(title=f"{scenario}, {date}")
     names = list(rows[0]) if rows else []
     if len(names) > _WIDEST:
         table.add_column("")
@@ -54,6 +54,7 @@ def publish(scenario: str, setting: str, rows: list[dict[str, Any]], **more: Any
         for row in rows:
             table.add_row(*(_shown(value) for value in row.values()))
     console.print(table)
+    console.print(machine(), setting, sep="\n", style="dim", highlight=False)
     result = {
         "scenario": scenario,
         "date": date,
