@@ -114,7 +114,9 @@ def _add_conversations(router: APIRouter, service: Conversations) -> None:
     async def change_conversation(
         caller: CallerDep, conversation_id: UUID, body: ConversationChange
     ) -> Response:
-        """Change the metadata (whom the permissions allow it), a group's permissions (its owner) or one's own settings."""
+        """Change the metadata or the retention (whom the permissions allow it), a group's permissions (its owner) or one's
+        own settings.
+        """
         wanted = body.permissions.model_dump(exclude_none=True) if body.permissions is not None else {}
         view = await service.change(
             conversation_id,
@@ -122,6 +124,7 @@ def _add_conversations(router: APIRouter, service: Conversations) -> None:
             body.metadata,
             body.settings,
             {action: Role(role) for action, role in wanted.items()},
+            body.retention_seconds if "retention_seconds" in body.model_fields_set else msgspec.UNSET,
         )
         return answers.json_answer(answers.conversation(view, caller.device_id))
 

@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from whispr.kit.http import Body
 from whispr.services.messaging.models import MAX_EXPIRY_SECONDS, MAX_MEMBERS
 
+MIN_RETENTION_SECONDS = 3600
+"""Shorter, and a message sent again after a lost answer could find its first copy gone."""
+
+MAX_RETENTION_SECONDS = 3660 * 24 * 3600
 MAX_SEQ = 2**53 - 1
 """JSON readers lose integers above it."""
 
@@ -101,6 +105,13 @@ class ConversationChange(Body):
         None, description="Replaces the caller's own settings, seen by nobody else."
     )
     permissions: PermissionsChange | None = Field(None, description="Of a group, by its owner.")
+    retention_seconds: int | None = Field(
+        None,
+        ge=MIN_RETENTION_SECONDS,
+        le=MAX_RETENTION_SECONDS,
+        description="Messages older than this are purged for everybody. Null, unlike left out, keeps them as long as the"
+        " server does.",
+    )
 
 
 class MemberAddition(Body):

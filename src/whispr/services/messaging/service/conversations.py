@@ -36,6 +36,7 @@ from whispr.services.messaging.service.structure import Structure, describe, req
 from whispr.services.messaging.store import conversations as store
 from whispr.services.messaging.store import members as member_store
 from whispr.services.messaging.store import views
+from whispr.services.messaging.store.expiry import set_retention
 
 CREATIONS_PER_HOUR = 200
 """By one person. Whoever has a reason to start more at once is writing to strangers."""
@@ -197,9 +198,12 @@ class Conversations:
         metadata: dict[str, Any] | None,
         settings: dict[str, Any] | None,
         permissions: Mapping[str, Role] | None = None,
+        retention_seconds: int | msgspec.UnsetType | None = msgspec.UNSET,
     ) -> ConversationView:
-        """Replace the conversation's metadata (whom the permissions allow it), some of a group's permissions (its owner
-        alone: nobody lifts a limit that is on themselves), or the person's own settings; None leaves it.
+        """Replace the conversation's metadata or retention (whom the permissions allow it), some of a group's permissions
+        (its owner alone: nobody lifts a limit that is on themselves), or the person's own settings; None leaves it.
+
+        With a retention of None messages are kept as long as this server keeps any.
 
         Raises `ConversationNotFound`, `NotAGroup`, `NotAllowed`, `ConversationClosed`, `InvalidDocument`,
         `DocumentTooLarge`.
@@ -217,6 +221,10 @@ class Conversations:
                 require(row, actor, "edit_metadata")
                 await store.update_metadata(tx, conversation_id, metadata)
                 changed = msgspec.structs.replace(changed, metadata=metadata)
+            if retention_seconds is not msgspec.UNSET and retention_seconds != row.retention_seconds:
+                require(row, actor, "edit_metadata")
+                await set_retention(tx, conversation_id, retention_seconds)
+                changed = msgspec.structs.replace(changed, retention_seconds=retention_seconds)
             if permissions:
                 changed = await _change_permissions(tx, changed, actor, permissions)
             if changed != row:
