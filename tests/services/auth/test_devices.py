@@ -36,7 +36,7 @@ async def test_removing_a_device_takes_all_that_hangs_on_it(house: AuthHouse, ro
     assert {
         "user_id": str(person.user_id),
         "event": "device_list_changed",
-        "payload": {"epoch": 3},
+        "payload": {"user_id": str(person.user_id), "epoch": 3},
     } in notices
     for table in ("lasting_prekeys", "one_time_prekeys", "push_tokens"):
         assert (

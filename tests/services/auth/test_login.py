@@ -122,9 +122,9 @@ async def test_a_new_device_counts_the_epoch_and_is_announced(house: AuthHouse, 
     assert {
         "user_id": str(person.user_id),
         "event": "device_list_changed",
-        "payload": {"epoch": 2},
+        "payload": {"user_id": str(person.user_id), "epoch": 2},
     } in notices
-    assert {"kind": "devices", "user_id": str(person.user_id)} in stale
+    assert {"kind": "devices", "user_id": str(person.user_id), "epoch": 2} in stale
 
 
 async def test_repeating_a_login_gives_the_same_session(house: AuthHouse) -> None:

@@ -18,6 +18,7 @@ from whispr.services.media.client import MediaClient
 from whispr.services.media.client import MediaLink as LinkOfMedia
 from whispr.services.messaging import api, channels, jobs, rpc
 from whispr.services.messaging.models import Announcement
+from whispr.services.messaging.service.acquaintances import Acquaintances
 from whispr.services.messaging.service.announcing import Announcing, Online
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.conversations import Conversations
@@ -145,7 +146,8 @@ async def build(context: Context) -> Service:
     endpoint = channels.build_endpoint(
         identity, desk, bus, clock, max_sockets=settings.max_sockets, max_channels=settings.max_channels
     )
-    outdated = Outdated(context.cache, devices, contact, whereabouts.changed)
+    news = channels.DeviceNews(endpoint.hub, whereabouts, Acquaintances(database))
+    outdated = Outdated(context.cache, devices, contact, whereabouts.changed, news.changed)
     ports: dict[str, int] = {}
     maintenance = Maintenance(database, log_retention=housekeeping.run_once)
 

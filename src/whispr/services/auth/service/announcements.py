@@ -45,15 +45,17 @@ class Announcer:
             await self._hint(REVOCATIONS_CHANNEL, encode_revocation(revocation))
 
     async def devices_changed(self, user_id: UUID, epoch: int) -> None:
-        """The device list of `user_id` has changed; `epoch` is the new one."""
-        await self.tokens_changed(user_id)
-        await self._notice({"user_id": user_id, "event": "device_list_changed", "payload": {"epoch": epoch}})
+        """The device list of `user_id` has changed; `epoch` is the new one.
+
+        The notice is for the person's own devices; messaging tells those who write to them, by the hint.
+        """
+        await self._outdated({"kind": "devices", "user_id": user_id, "epoch": epoch})
+        payload = {"user_id": user_id, "epoch": epoch}
+        await self._notice({"user_id": user_id, "event": "device_list_changed", "payload": payload})
 
     async def tokens_changed(self, user_id: UUID) -> None:
-        """What is known of the devices of `user_id` is out of date."""
-        for service in _DEVICE_CACHES:
-            hint = msgspec.json.encode({"kind": "devices", "user_id": user_id})
-            await self._hint(f"cache:invalidate:{service}", hint)
+        """What is known of the devices of `user_id` is out of date, though the list is what it was."""
+        await self._outdated({"kind": "devices", "user_id": user_id})
 
     async def prekeys_low(self, user_id: UUID, device_id: UUID, key_type: str, remaining: int) -> None:
         await self._notice(
@@ -79,6 +81,10 @@ class Announcer:
                 },
             }
         )
+
+    async def _outdated(self, hint: dict[str, Any]) -> None:
+        for service in _DEVICE_CACHES:
+            await self._hint(f"cache:invalidate:{service}", msgspec.json.encode(hint))
 
     async def _notice(self, notice: dict[str, Any]) -> None:
         await self._hint(NOTICES_CHANNEL, msgspec.json.encode(notice))

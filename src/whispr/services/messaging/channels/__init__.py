@@ -10,6 +10,7 @@ from whispr.kit.clock import Clock
 from whispr.kit.identity import Caller, Identity, Revocation
 from whispr.services.messaging.channels.conversation import ConversationChannel
 from whispr.services.messaging.channels.desk import Desk
+from whispr.services.messaging.channels.device_news import DeviceNews
 from whispr.services.messaging.channels.presence import Whereabouts
 from whispr.services.messaging.channels.receipts import ReceiptTeller
 from whispr.services.messaging.channels.rooms import Rooms
@@ -17,7 +18,7 @@ from whispr.services.messaging.channels.typists import Typists
 from whispr.services.messaging.channels.user import UserChannel, push_notice
 from whispr.services.messaging.service.events import EventBus
 
-__all__ = ["Desk", "ReceiptTeller", "Rooms", "Typists", "Whereabouts", "build_endpoint"]
+__all__ = ["Desk", "DeviceNews", "ReceiptTeller", "Rooms", "Typists", "Whereabouts", "build_endpoint"]
 
 
 def build_endpoint(

@@ -77,6 +77,10 @@ class Whereabouts:
             if watch.view.concerns(user_id):
                 self._hold(self._review(watch))
 
+    def having_contact(self, user_id: UUID) -> set[UUID]:
+        """Who is connected here and has `user_id` among their contacts."""
+        return {watch.view.viewer_id for watch in self._watches.values() if watch.view.has_contact(user_id)}
+
     def joined(self, channel: Channel, user_id: UUID) -> None:
         """`user_id` has become a member of the conversation that `channel` watches."""
         watch = self._watches.get(channel)

@@ -19,18 +19,29 @@ log = get_logger(__name__)
 class _Hint(msgspec.Struct):
     kind: str
     user_id: UUID | None = None
+    # Of a device list that has changed; None where only something of its devices has.
+    epoch: int | None = None
 
 
 class Outdated:
-    """Forgets devices and relations when auth or user say so; `on_shown` is told whose presence may show otherwise."""
+    """Forgets devices and relations when auth or user say so.
+
+    `on_shown` is told whose presence may show otherwise, `on_devices` whose device list has changed and its new epoch.
+    """
 
     def __init__(
-        self, cache: Cache, devices: Devices, contact: Contact, on_shown: Callable[[UUID], None]
+        self,
+        cache: Cache,
+        devices: Devices,
+        contact: Contact,
+        on_shown: Callable[[UUID], None],
+        on_devices: Callable[[UUID, int], None],
     ) -> None:
         self._cache = cache
         self._devices = devices
         self._contact = contact
         self._on_shown = on_shown
+        self._on_devices = on_devices
 
     def start(self) -> None:
         """Listen. After a loss of Valkey everything is forgotten: hints were missed."""
@@ -47,7 +58,10 @@ class Outdated:
         if hint.user_id is None:
             return
         if hint.kind == "devices":
+            # First, so that whoever is told and sends at once is measured by the new list.
             self._devices.changed(hint.user_id)
+            if hint.epoch is not None:
+                self._on_devices(hint.user_id, hint.epoch)
         elif hint.kind in ("relations", "profile"):
             self._contact.changed(hint.user_id)
             self._on_shown(hint.user_id)

@@ -38,9 +38,12 @@ class PresenceSource(Protocol):
 
 
 class View:
-    """What one viewer may see of those it looks at. `subjects` None: of the viewer's contacts."""
+    """What one viewer may see of those it looks at. `subjects` None: of the viewer's contacts.
 
-    __slots__ = ("asked_at", "last_seen", "online", "subjects", "viewer_id")
+    `hidden`: those of them who do not show whether they are online.
+    """
+
+    __slots__ = ("asked_at", "hidden", "last_seen", "online", "subjects", "viewer_id")
 
     def __init__(self, viewer_id: UUID, subjects: frozenset[UUID] | None) -> None:
         self.viewer_id = viewer_id
@@ -48,6 +51,11 @@ class View:
         self.asked_at = float("-inf")
         self.online: frozenset[UUID] = frozenset()
         self.last_seen: frozenset[UUID] = frozenset()
+        self.hidden: frozenset[UUID] = frozenset()
+
+    def has_contact(self, user_id: UUID) -> bool:
+        """Whether this is the view of somebody's contacts, and `user_id` one of them."""
+        return self.subjects is None and (user_id in self.online or user_id in self.hidden)
 
     def concerns(self, user_id: UUID) -> bool:
         """Whether a change of `user_id`'s relations or privacy may change this view."""
@@ -83,4 +91,5 @@ class Visibility:
             return False
         view.online = frozenset(answer.user_id for answer in answers if answer.online)
         view.last_seen = frozenset(answer.user_id for answer in answers if answer.last_seen)
+        view.hidden = frozenset(answer.user_id for answer in answers if not answer.online)
         return before != (view.online, view.last_seen)

@@ -144,6 +144,20 @@ async def join(
     )
 
 
+async def acquainted(connection: Connection, user_id: UUID) -> set[UUID]:
+    """Everybody else who is in a conversation with `user_id`."""
+    records = await connection.fetch(
+        """
+        SELECT DISTINCT other.user_id
+        FROM conversation_members own
+        JOIN conversation_members other ON other.conversation_id = own.conversation_id AND other.is_active
+        WHERE own.user_id = $1 AND own.is_active AND other.user_id <> $1
+        """,
+        user_id,
+    )
+    return {record["user_id"] for record in records}
+
+
 async def leave(tx: Connection, conversation_id: UUID, user_id: UUID, left_seq: int, now: datetime) -> None:
     """End a membership with the event that tells of it."""
     await tx.execute(
