@@ -20,6 +20,7 @@ from whispr.services.messaging import api, channels, jobs, rpc
 from whispr.services.messaging.models import Announcement
 from whispr.services.messaging.service.acquaintances import Acquaintances
 from whispr.services.messaging.service.announcing import Announcing, Online
+from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.devices import Devices
@@ -41,7 +42,9 @@ from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.opening import Openings
 from whispr.services.messaging.service.outdated import Outdated
 from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.pins import Pins
 from whispr.services.messaging.service.privacy import ReadReceipts
+from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
 from whispr.services.messaging.service.retention import Retention
@@ -128,6 +131,9 @@ async def build(context: Context) -> Service:
         on_expiring=expiry.expects,
         pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
     )
+    changes = Changes(structure, sending)
+    reactions = Reactions(structure, sending)
+    pins = Pins(structure, sending)
     rooms = channels.Rooms(bus)
     typists = channels.Typists(rooms, bus, directory, contact, clock)
     channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
@@ -135,6 +141,9 @@ async def build(context: Context) -> Service:
         clock,
         rooms,
         sending,
+        changes,
+        reactions,
+        pins,
         history,
         Openings(database, directory, history, read_receipts),
         receipts,
@@ -175,6 +184,9 @@ async def build(context: Context) -> Service:
                 receipts=receipts,
                 status=Status(database, read_receipts),
                 sending=sending,
+                changes=changes,
+                reactions=reactions,
+                pins=pins,
                 reports=reports,
             )
         ],

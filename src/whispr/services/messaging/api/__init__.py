@@ -7,13 +7,17 @@ from typing import Any
 from fastapi import APIRouter
 
 from whispr.kit.http import Problem, new_router
+from whispr.services.messaging.api import changes as change_routes
 from whispr.services.messaging.api import conversations as conversation_routes
 from whispr.services.messaging.api import messages as message_routes
 from whispr.services.messaging.api import reports as report_routes
+from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.members import Members
+from whispr.services.messaging.service.pins import Pins
+from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import Reports
 from whispr.services.messaging.service.sending import Sending
@@ -29,6 +33,9 @@ def build_router(
     receipts: Receipts,
     status: Status,
     sending: Sending,
+    changes: Changes,
+    reactions: Reactions,
+    pins: Pins,
     reports: Reports,
 ) -> APIRouter:
     """`/api/v1/conversations` and `/api/v1/messages`."""
@@ -36,5 +43,6 @@ def build_router(
     router = new_router(prefix="/api/v1", responses=unauthenticated)
     conversation_routes.add_routes(router, conversations, members)
     message_routes.add_routes(router, directory, history, receipts, status, sending)
+    change_routes.add_routes(router, directory, changes, reactions, pins)
     report_routes.add_routes(router, reports)
     return router

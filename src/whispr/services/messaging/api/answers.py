@@ -13,6 +13,7 @@ from whispr.services.messaging.models import (
     ConversationView,
     EventsPage,
     MessagesPage,
+    Pin,
     render_event,
     render_message,
 )
@@ -31,6 +32,16 @@ def conversation(view: ConversationView, device_id: UUID) -> dict[str, Any]:
         **msgspec.structs.asdict(view),
         "permissions": view.permissions.filled(),
         "last_message": None if last is None else msgspec.Raw(render_message(last, device_id)),
+    }
+
+
+def pin(item: Pin, device_id: UUID) -> dict[str, Any]:
+    """A pinned message for one device."""
+    return {
+        "message_id": item.message.head.id,
+        "pinned_by": item.pinned_by,
+        "pinned_at": item.pinned_at,
+        "message": msgspec.Raw(render_message(item.message, device_id)),
     }
 
 

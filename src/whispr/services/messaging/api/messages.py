@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -20,9 +19,9 @@ from whispr.services.messaging.api.shapes import (
     MessagesView,
     MessageView,
     StatusView,
+    decode_signature,
 )
 from whispr.services.messaging.models import (
-    BadSignature,
     ConversationNotFound,
     Draft,
     NotAMember,
@@ -92,10 +91,6 @@ def _add_sending(router: APIRouter, sending: Sending) -> None:
 
 
 def _draft(caller: Caller, body: MessageCreation) -> Draft:
-    try:
-        signature = binascii.a2b_base64(body.signature.encode(), strict_mode=True)
-    except ValueError:
-        raise BadSignature from None
     return Draft(
         conversation_id=body.conversation_id,
         sender_id=caller.user_id,
@@ -103,7 +98,7 @@ def _draft(caller: Caller, body: MessageCreation) -> Draft:
         client_id=body.client_id,
         message_type=body.message_type,
         content=msgspec.json.encode(body.content),
-        signature=signature,
+        signature=decode_signature(body.signature),
         reply_to_id=body.reply_to_id,
         media_ids=tuple(body.media_ids or ()),
         expires_in=body.expires_in,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -9,7 +10,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from whispr.kit.http import Body
-from whispr.services.messaging.models import MAX_EXPIRY_SECONDS, MAX_MEMBERS
+from whispr.services.messaging.models import MAX_EXPIRY_SECONDS, MAX_MEMBERS, BadSignature
 
 MIN_RETENTION_SECONDS = 3600
 """Shorter, and a message sent again after a lost answer could find its first copy gone."""
@@ -152,10 +153,27 @@ class MessageCreation(Body):
     send_at: datetime | None = Field(None, description="Send it then. Needs the scheduling service.")
 
 
+class MessageEdit(Body):
+    """New content of a message, signed by the calling device."""
+
+    content: SentContent
+    signature: str = Field(
+        max_length=128, description="As when sending, with the `client_id` of the message that is edited."
+    )
+
+
 class Mark(Body):
     """Everything up to `seq`. A watermark only grows; past the head it stops at the head."""
 
     seq: Seq
+
+
+def decode_signature(text: str) -> bytes:
+    """The bytes of a signature. Raises `BadSignature`."""
+    try:
+        return binascii.a2b_base64(text.encode(), strict_mode=True)
+    except ValueError:
+        raise BadSignature from None
 
 
 class _View(BaseModel):
@@ -221,6 +239,15 @@ class PermissionsView(_View):
     add_members: RoleName
     pin: RoleName
     edit_metadata: RoleName
+
+
+class PinView(_View):
+    """A pinned message."""
+
+    message_id: UUID
+    pinned_by: UUID
+    pinned_at: datetime
+    message: MessageView
 
 
 class ConversationView(_View):

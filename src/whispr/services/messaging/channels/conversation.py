@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
@@ -14,6 +14,7 @@ from whispr.services.messaging.channels import payloads
 from whispr.services.messaging.channels.desk import Desk
 from whispr.services.messaging.channels.rooms import RoomChannel, Tails, render_events
 from whispr.services.messaging.models import (
+    Actor,
     CommittedEvent,
     Draft,
     NotAMember,
@@ -121,6 +122,46 @@ class ConversationChannel(RoomChannel):
             self._stop_typing()
         return None
 
+    def _edit_message(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        return self._answer_edit(payloads.decode_edit(payload), reply)
+
+    async def _answer_edit(self, body: payloads.Edit, reply: Reply) -> None:
+        message, seq = await self._desk.changes.edit(
+            self._actor, self.conversation_id, body.message_id, bytes(body.content), body.signature
+        )
+        reply.ok({"seq": seq, "edited_at": message.head.edited_at})
+
+    def _delete_message(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        message_id = payloads.decode_of_message(payload).message_id
+        return _answer(self._desk.changes.delete(self._actor, self.conversation_id, message_id), reply)
+
+    def _add_reaction(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        body = payloads.decode_of_reaction(payload)
+        reactions = self._desk.reactions
+        return _answer(
+            reactions.add(self._actor, self.conversation_id, body.message_id, body.reaction), reply
+        )
+
+    def _remove_reaction(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        body = payloads.decode_of_reaction(payload)
+        reactions = self._desk.reactions
+        return _answer(
+            reactions.remove(self._actor, self.conversation_id, body.message_id, body.reaction), reply
+        )
+
+    def _pin_message(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        message_id = payloads.decode_of_message(payload).message_id
+        return _answer(self._desk.pins.pin(self._actor, self.conversation_id, message_id), reply)
+
+    def _unpin_message(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        message_id = payloads.decode_of_message(payload).message_id
+        return _answer(self._desk.pins.unpin(self._actor, self.conversation_id, message_id), reply)
+
+    @property
+    def _actor(self) -> Actor:
+        caller = self.socket.caller
+        return Actor(caller.user_id, caller.device_id)
+
     def _mark_as_delivered(self, payload: msgspec.Raw, reply: Reply) -> Work:
         return self._mark(ReceiptKind.DELIVERED, payload, reply)
 
@@ -169,11 +210,22 @@ class ConversationChannel(RoomChannel):
 
     _handlers: ClassVar[dict[str, Callable[[ConversationChannel, msgspec.Raw, Reply], Work]]] = {
         "new_message": _new_message,
+        "edit_message": _edit_message,
+        "delete_message": _delete_message,
+        "add_reaction": _add_reaction,
+        "remove_reaction": _remove_reaction,
+        "pin_message": _pin_message,
+        "unpin_message": _unpin_message,
         "mark_as_delivered": _mark_as_delivered,
         "mark_as_read": _mark_as_read,
         "typing": _typing,
         "sync": _sync,
     }
+
+
+async def _answer(change: Awaitable[int | None], reply: Reply) -> None:
+    """The reply to a change: the `seq` of its event, null if there had to be none."""
+    reply.ok({"seq": await change})
 
 
 class _Answer:

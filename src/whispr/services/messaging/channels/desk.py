@@ -10,10 +10,13 @@ from whispr.kit.clock import Clock
 from whispr.services.messaging.channels.presence import Whereabouts
 from whispr.services.messaging.channels.rooms import Rooms
 from whispr.services.messaging.channels.typists import Typists
+from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.opening import Openings
 from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.pins import Pins
+from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.sending import Sending
 
@@ -27,6 +30,9 @@ class Desk:
     clock: Clock
     rooms: Rooms
     sending: Sending
+    changes: Changes
+    reactions: Reactions
+    pins: Pins
     history: History
     openings: Openings
     receipts: Receipts

@@ -37,6 +37,27 @@ class Ack(msgspec.Struct):
     duplicate: bool
 
 
+class Edit(msgspec.Struct):
+    """`edit_message`, as `PATCH /messages/{id}`."""
+
+    message_id: UUID
+    content: msgspec.Raw
+    signature: bytes
+
+
+class OfMessage(msgspec.Struct):
+    """`delete_message`, `pin_message`, `unpin_message`."""
+
+    message_id: UUID
+
+
+class OfReaction(msgspec.Struct):
+    """`add_reaction`, `remove_reaction`."""
+
+    message_id: UUID
+    reaction: str
+
+
 class Mark(msgspec.Struct):
     """`mark_as_delivered`, `mark_as_read`."""
 
@@ -61,6 +82,9 @@ class _Join(msgspec.Struct):
 
 
 decode_new_message = msgspec.json.Decoder(NewMessage).decode
+decode_edit = msgspec.json.Decoder(Edit).decode
+decode_of_message = msgspec.json.Decoder(OfMessage).decode
+decode_of_reaction = msgspec.json.Decoder(OfReaction).decode
 decode_mark = msgspec.json.Decoder(Mark).decode
 decode_typing = msgspec.json.Decoder(Typing).decode
 decode_sync = msgspec.json.Decoder(Sync).decode
