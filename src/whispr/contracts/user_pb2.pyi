@@ -50,16 +50,18 @@ class CheckContactabilityRequest(_message.Message):
     def __init__(self, sender_id: _Optional[str] = ..., recipient_ids: _Optional[_Iterable[str]] = ..., purpose: _Optional[str] = ...) -> None: ...
 
 class Contactability(_message.Message):
-    __slots__ = ("user_id", "exists", "allowed", "reason")
+    __slots__ = ("user_id", "exists", "allowed", "reason", "knows_sender")
     USER_ID_FIELD_NUMBER: _ClassVar[int]
     EXISTS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    KNOWS_SENDER_FIELD_NUMBER: _ClassVar[int]
     user_id: str
     exists: bool
     allowed: bool
     reason: str
-    def __init__(self, user_id: _Optional[str] = ..., exists: _Optional[bool] = ..., allowed: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+    knows_sender: bool
+    def __init__(self, user_id: _Optional[str] = ..., exists: _Optional[bool] = ..., allowed: _Optional[bool] = ..., reason: _Optional[str] = ..., knows_sender: _Optional[bool] = ...) -> None: ...
 
 class CheckContactabilityResponse(_message.Message):
     __slots__ = ("results",)

@@ -137,6 +137,13 @@ async def test_contactability_and_presence(stack: Stack, neighbours: Neighbours)
     assert (await client.check_contactability(ada.user_id, [shy.user_id], "group"))[
         shy.user_id
     ].reason == "ok"
+    assert not answers[bob.user_id].knows_sender
+    await put(stack, bob, "contacts", ada)
+    (known,) = (await client.check_contactability(ada.user_id, [bob.user_id], "group")).values()
+    assert known == Contactability(bob.user_id, True, True, "ok", knows_sender=True)
+    # It is the other one who says so, not the sender.
+    (unknown,) = (await client.check_contactability(bob.user_id, [ada.user_id], "group")).values()
+    assert not unknown.knows_sender
     await put(stack, ada, "contacts", shy)
     ask = client.presence_visibility
     assert await ask([(ada.user_id, ())]) == [[PresenceVisibility(shy.user_id, False, False)]]

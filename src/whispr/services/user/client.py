@@ -37,6 +37,8 @@ class Contactability:
     exists: bool
     allowed: bool
     reason: Literal["ok", "unknown", "blocked", "contacts_only"]
+    knows_sender: bool = False
+    """They have the sender among their contacts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,9 @@ class UserClient:
             )
             for item in answer.results:
                 user_id = UUID(item.user_id)
-                results[user_id] = Contactability(user_id, item.exists, item.allowed, _reason(item.reason))
+                results[user_id] = Contactability(
+                    user_id, item.exists, item.allowed, _reason(item.reason), item.knows_sender
+                )
         return results
 
     async def presence_visibility(

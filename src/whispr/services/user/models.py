@@ -230,6 +230,8 @@ class Contactability:
 
     user_id: UUID
     reason: Reason
+    knows_sender: bool
+    """They have the sender among their contacts."""
 
     @property
     def exists(self) -> bool:

@@ -46,7 +46,11 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         return user_pb2.CheckContactabilityResponse(
             results=[
                 user_pb2.Contactability(
-                    user_id=str(item.user_id), exists=item.exists, allowed=item.allowed, reason=item.reason
+                    user_id=str(item.user_id),
+                    exists=item.exists,
+                    allowed=item.allowed,
+                    reason=item.reason,
+                    knows_sender=item.knows_sender,
                 )
                 for item in results
             ]

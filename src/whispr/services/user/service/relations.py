@@ -124,7 +124,11 @@ class Relations:
                 for item in await store.related_profiles(conn, sender_id, recipient_ids)
             }
         return [
-            Contactability(user_id, _reason(sender_id, found.get(user_id), purpose))
+            Contactability(
+                user_id,
+                _reason(sender_id, found.get(user_id), purpose),
+                knows_sender=user_id in found and found[user_id].knows_viewer,
+            )
             for user_id in dict.fromkeys(recipient_ids)
         ]
 
