@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+from tests.services.messaging.ages import Ages
 
+from whispr.kit import migrate
 from whispr.kit.cache import Cache
 from whispr.kit.db import Database
 
@@ -29,3 +31,24 @@ async def messaging_cache(valkey_url: str) -> AsyncIterator[Cache]:
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
     await cache.close()
+
+
+@pytest.fixture(scope="session")
+def aging_url(new_database: Callable[[str], str]) -> str:
+    """A migrated database of messaging that no running service looks at."""
+    url = new_database("messaging_ages")
+    migrate.upgrade("messaging", url)
+    return url
+
+
+@pytest.fixture
+async def ages(aging_url: str) -> AsyncIterator[Ages]:
+    """That database, empty, with a clock that stands still."""
+    made = Ages(aging_url)
+    await made.db.open()
+    async with made.db.connection() as connection:
+        await connection.execute(
+            "TRUNCATE conversations, messages, conversation_events, outbox, receipt_marks CASCADE"
+        )
+    yield made
+    await made.db.close()
