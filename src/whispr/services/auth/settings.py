@@ -69,6 +69,8 @@ class AuthSettings(ServiceSettings):
     jwks_period: float = Field(default=60, gt=0)
     password_limit: int = Field(default=10, ge=1)
     password_period: float = Field(default=300, gt=0)
+    export_limit: int = Field(default=10, ge=1)
+    export_period: float = Field(default=3600, gt=0)
     link_limit: int = Field(default=10, ge=1)
     link_period: float = Field(default=600, gt=0)
     # A new device asks every second or two until it is confirmed.

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from whispr.services.auth.api.accounts import account_router
 from whispr.services.auth.api.devices import device_router
+from whispr.services.auth.api.export import export_router
 from whispr.services.auth.api.keys import key_router
 from whispr.services.auth.api.links import link_router
 from whispr.services.auth.api.second_factor import second_factor_router
@@ -19,6 +20,7 @@ def build_routers(auth: Auth, *, loopback_pushes: bool) -> list[APIRouter]:
     return [
         account_router(auth),
         second_factor_router(auth),
+        export_router(auth),
         # Before the devices, whose paths have an id where these have a name.
         link_router(auth),
         device_router(auth, loopback_pushes=loopback_pushes),

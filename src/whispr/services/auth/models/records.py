@@ -299,3 +299,89 @@ class AuditEvent:
     details: dict[str, object]
     previous_hash: bytes
     hash: bytes
+
+
+# What a person is given of their own: everything auth keeps but secrets and what is derived from them.
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedAccount:
+    user_id: UUID
+    username: str | None
+    status: str
+    roles: list[str]
+    created_at: datetime
+    password_changed_at: datetime
+    second_factor: bool
+    recovery_codes_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedPushToken:
+    channel: PushChannel
+    app_id: str
+    environment: PushEnvironment
+    status: str
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedDevice:
+    """A device, removed ones included; of its prekeys the ids."""
+
+    device_id: UUID
+    name: str
+    platform: Platform
+    registration_id: int
+    identity_key: bytes
+    signing_key: bytes
+    status: str
+    created_at: datetime
+    removed_at: datetime | None
+    expired_at: datetime | None
+    last_seen_on: date
+    signed_prekey_id: int | None
+    pq_last_resort_prekey_id: int | None
+    one_time_prekey_ids: list[int]
+    pq_one_time_prekey_ids: list[int]
+    push_tokens: list[ExportedPushToken] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedSession:
+    session_id: UUID
+    device_id: UUID
+    created_at: datetime
+    last_used_at: datetime
+    expires_at: datetime
+    ended_at: datetime | None
+    end_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedLink:
+    link_id: UUID
+    by_device_id: UUID
+    status: LinkStatus
+    created_at: datetime
+    device_id: UUID | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedEvent:
+    at: datetime
+    event: str
+    device_id: UUID | None
+    details: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class AccountExport:
+    """`events` are the newest ones, oldest first."""
+
+    exported_at: datetime
+    account: ExportedAccount
+    devices: list[ExportedDevice]
+    sessions: list[ExportedSession]
+    links: list[ExportedLink]
+    events: list[ExportedEvent]

@@ -20,6 +20,7 @@ from whispr.services.auth.service.data_keys import DataKeys
 from whispr.services.auth.service.devices import Devices
 from whispr.services.auth.service.entry import Entry
 from whispr.services.auth.service.expiry import Expiry
+from whispr.services.auth.service.export import Export
 from whispr.services.auth.service.housekeeping import Housekeeping
 from whispr.services.auth.service.joining import Joining
 from whispr.services.auth.service.limits import Limiter, Limits
@@ -70,6 +71,7 @@ class Auth:
     signing: SigningKeys
     source: Source
     expiry: Expiry
+    export: Export
     housekeeping: Housekeeping
     limits: Limits
     announcer: Announcer
@@ -128,6 +130,7 @@ def build_auth(
         second_factor=second_factor,
         signing=signing,
         source=Source(db, signing),
+        export=Export(db, clock, limits),
         expiry=Expiry(db, clock, announcer, audit, settings),
         housekeeping=Housekeeping(db, clock, vault, data_keys, push_tokens, second_factor, signing, settings),
         limits=limits,

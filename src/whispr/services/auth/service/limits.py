@@ -56,6 +56,11 @@ class Limits:
             "auth_password", str(user_id), self._settings.password_limit, self._settings.password_period
         )
 
+    async def export(self, user_id: UUID) -> None:
+        await self._check(
+            "auth_export", str(user_id), self._settings.export_limit, self._settings.export_period
+        )
+
     async def link(self, user_id: UUID) -> None:
         await self._check("auth_link", str(user_id), self._settings.link_limit, self._settings.link_period)
 

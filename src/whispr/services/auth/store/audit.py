@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Any
-from uuid import UUID
-
 import asyncpg
 
 from whispr.kit.db import Connection
@@ -53,11 +49,3 @@ async def page(connection: Connection, after: int, limit: int) -> list[AuditEven
         limit,
     )
     return [AuditEvent(*row) for row in rows]
-
-
-async def of_account(connection: Connection, account_id: UUID) -> list[tuple[str, datetime, dict[str, Any]]]:
-    """What happened to an account, in order."""
-    rows = await connection.fetch(
-        "SELECT event, at, details FROM audit_events WHERE account_id = $1 ORDER BY number", account_id
-    )
-    return [(row["event"], row["at"], row["details"]) for row in rows]

@@ -140,11 +140,3 @@ async def finish(
         session_id,
         expires_at,
     )
-
-
-async def history(connection: Connection, account_id: UUID) -> list[Link]:
-    """The account's links, oldest first."""
-    rows = await connection.fetch(
-        f"SELECT {_COLUMNS} FROM device_links WHERE account_id = $1 ORDER BY id", account_id
-    )
-    return [link for row in rows if (link := _link(row)) is not None]
