@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.services.messaging.door import Door
+from tests.services.messaging.test_changes import edit_of
 from tests.stack import Stack, b64
 
 from whispr.kit.http import Page
@@ -18,6 +19,8 @@ from whispr.services.messaging.api.shapes import (
     MemberView,
     MessagesView,
     MessageView,
+    PinView,
+    ReactionView,
     StatusView,
 )
 
@@ -36,6 +39,15 @@ ROUTES = {
     ("POST", "/api/v1/conversations/{conversation_id}/read"): {"204", "404"},
     ("POST", "/api/v1/conversations/{conversation_id}/delivered"): {"204", "404"},
     ("GET", "/api/v1/messages/{message_id}/status"): {"200", "404"},
+    ("GET", "/api/v1/messages/{message_id}"): {"200", "404"},
+    ("PATCH", "/api/v1/messages/{message_id}"): {"200", "403", "404", "409", "413"},
+    ("DELETE", "/api/v1/messages/{message_id}"): {"204", "403", "404"},
+    ("GET", "/api/v1/messages/{message_id}/reactions"): {"200", "404"},
+    ("PUT", "/api/v1/messages/{message_id}/reactions/{reaction}"): {"204", "403", "404", "409"},
+    ("DELETE", "/api/v1/messages/{message_id}/reactions/{reaction}"): {"204", "404"},
+    ("GET", "/api/v1/conversations/{conversation_id}/pins"): {"200", "404"},
+    ("PUT", "/api/v1/conversations/{conversation_id}/pins/{message_id}"): {"204", "403", "404", "409"},
+    ("DELETE", "/api/v1/conversations/{conversation_id}/pins/{message_id}"): {"204", "403", "404", "409"},
 }
 
 
@@ -67,7 +79,10 @@ def test_there_are_no_other_routes(document: dict[str, Any]) -> None:
 
 def test_content_is_documented_as_the_contract_has_it(document: dict[str, Any]) -> None:
     content = document["components"]["schemas"]["MessageCreation"]["properties"]["content"]
-    assert [list(form["properties"]) for form in content["oneOf"]] == [["ciphertext"], ["envelopes"]]
+    assert [list(form["properties"]) for form in content["oneOf"]] == [
+        ["ciphertext", "commitment"],
+        ["envelopes", "commitment"],
+    ]
     message_type = document["components"]["schemas"]["MessageCreation"]["properties"]["message_type"]
     assert message_type["enum"] == ["text", "media", "system"]
 
@@ -92,6 +107,10 @@ async def test_answers_have_the_documented_shapes(stack: Stack) -> None:
     is_shaped(MembersView, await ann.post(f"{path}/members", {"member_ids": [cid.id]}))
     is_shaped(MemberView, await ann.patch(f"{path}/members/{cid.id}", {"role": "admin"}))
     await ann.patch(path, {"metadata": {"b": 2}})
+    message_path = f"/messages/{sent.json()['id']}"
+    is_shaped(MessageView, await ann.patch(message_path, edit_of(ann, sent.json())))
+    await bob.call("PUT", f"{message_path}/reactions/x")
+    await ann.call("PUT", f"{path}/pins/{sent.json()['id']}")
     await ann.delete(f"{path}/members/{cid.id}")
     await bob.post(f"{path}/read", {"seq": 1})
     for door in (ann, bob):
@@ -99,7 +118,10 @@ async def test_answers_have_the_documented_shapes(stack: Stack) -> None:
         is_shaped(Page[ConversationView], await door.get("/conversations"))
         is_shaped(MessagesView, await door.get(f"{path}/messages"))
         is_shaped(EventsView, await door.get(f"{path}/events"))
-        is_shaped(StatusView, await door.get(f"/messages/{sent.json()['id']}/status"))
+        is_shaped(StatusView, await door.get(f"{message_path}/status"))
+        is_shaped(MessageView, await door.get(message_path))
+        is_shaped(Page[ReactionView], await door.get(f"{message_path}/reactions"))
+        is_shaped(Page[PinView], await door.get(f"{path}/pins"))
     names = [event["event"] for event in await bob.log(made.json()["id"])]
     assert names == [
         "new_message",
@@ -107,6 +129,9 @@ async def test_answers_have_the_documented_shapes(stack: Stack) -> None:
         "member_added",
         "member_updated",
         "conversation_updated",
+        "message_edited",
+        "reaction_added",
+        "message_pinned",
         "member_removed",
     ]
 
