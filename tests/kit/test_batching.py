@@ -76,3 +76,14 @@ async def test_whoever_gives_up_is_not_asked_for_and_harms_nobody() -> None:
     assert oracle.batches == [[1], [3]]
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+async def test_whoever_was_just_answered_may_ask_again_at_once() -> None:
+    async def double(questions: list[int]) -> list[int]:
+        await asyncio.sleep(0)
+        return [2 * question for question in questions]
+
+    batcher = Batcher(double, lanes=1)
+    async with asyncio.timeout(2):
+        for number in range(20):
+            assert await batcher.ask(number) == 2 * number

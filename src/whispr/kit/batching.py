@@ -33,6 +33,7 @@ class Batcher(Generic[Q, A]):
         self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
         self._working: set[asyncio.Task[None]] = set()
         self._is_starting = False
+        self._busy = 0
 
     async def ask(self, question: Q) -> A:
         """The answer to one question."""
@@ -40,8 +41,9 @@ class Batcher(Generic[Q, A]):
         future: asyncio.Future[A] = loop.create_future()
         self._waiting.append((question, future))
         # A task starts in the next round of the loop: what is asked in this one goes along.
-        if not self._is_starting and len(self._working) < self._lanes:
+        if not self._is_starting and self._busy < self._lanes:
             self._is_starting = True
+            self._busy += 1
             task = loop.create_task(self._work())
             self._working.add(task)
             task.add_done_callback(self._working.discard)
@@ -49,15 +51,20 @@ class Batcher(Generic[Q, A]):
 
     async def _work(self) -> None:
         self._is_starting = False
-        while self._waiting:
-            batch: list[tuple[Q, asyncio.Future[A]]] = []
-            while self._waiting and len(batch) < self._largest:
-                question, future = self._waiting.popleft()
-                # Whoever has given up need not be asked for.
-                if not future.done():
-                    batch.append((question, future))
-            if batch:
-                await self._serve(batch)
+        try:
+            while self._waiting:
+                batch: list[tuple[Q, asyncio.Future[A]]] = []
+                while self._waiting and len(batch) < self._largest:
+                    question, future = self._waiting.popleft()
+                    # Whoever has given up need not be asked for.
+                    if not future.done():
+                        batch.append((question, future))
+                if batch:
+                    await self._serve(batch)
+        finally:
+            # Here, not when the task is found done: who is answered last may ask again before that, and would wait for
+            # a lane that has ended.
+            self._busy -= 1
 
     async def _serve(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
         try:
