@@ -52,7 +52,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 admin = typer.Typer(
-    help="Gives and takes roles. They are in force at a person's next login or refresh.", no_args_is_help=True
+    help="Gives and takes roles, in force at a person's next login or refresh; changes what may change while it runs.",
+    no_args_is_help=True,
 )
 app.add_typer(admin, name="admin", rich_help_panel="Run")
 
@@ -257,3 +258,31 @@ def revoke(
     from whispr.cli.roles import change_role
 
     raise typer.Exit(change_role(username, role, granted=False, data=data))
+
+
+@admin.command()
+def flags(data: Data = None) -> None:
+    """List the features that can be switched off, and the settings that can be changed, while everything runs."""
+    from whispr.cli.live import list_live
+
+    list_live(data)
+
+
+@admin.command()
+def flag(name: str, state: Annotated[str, typer.Argument(help="on or off")], data: Data = None) -> None:
+    """Switch the feature NAME on or off. Running processes take it within two seconds."""
+    from whispr.cli.live import switch
+
+    switch(name, state, data)
+
+
+@admin.command(name="set")
+def set_live(
+    name: str,
+    value: Annotated[str, typer.Argument(help="the new value, or `default`: as it was started")],
+    data: Data = None,
+) -> None:
+    """Give the setting NAME another VALUE. Running processes take it within two seconds."""
+    from whispr.cli.live import change
+
+    change(name, value, data)

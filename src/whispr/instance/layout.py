@@ -18,6 +18,7 @@ class Layout:
     """The folders and small files of the data directory `root`.
 
     run.json      what runs, where, under which pid       ports.json    ports given out, kept over restarts
+    live.json     flags and settings changed meanwhile
     secrets/      passwords and key rings (0600)          ca/           the local certificate authority
     identity/X/   certificate and key of service X        logs/         one file per process
     postgres/, valkey/, gateway/                          what the servers keep
@@ -26,6 +27,7 @@ class Layout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.run_file = root / "run.json"
+        self.live = root / "live.json"
         self.logs = root / "logs"
         self.secrets = root / "secrets"
         self.authority = root / "ca"

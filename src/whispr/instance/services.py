@@ -152,6 +152,7 @@ class Services:
         return {
             **entry.variables,
             **{name: str(site.layout.secrets / file) for name, file in entry.files.items()},
+            "WHISPR_LIVE_SETTINGS": str(site.layout.live),
             **inherited,
             MARK: str(site.layout.root),
             "PYTHONUNBUFFERED": "1",

@@ -32,7 +32,9 @@ from whispr.kit.errors import Failure
 from whispr.kit.grpc import Channel, create_server, listen
 from whispr.kit.health import Health
 from whispr.kit.identity import Identity, IdentitySource
+from whispr.kit.live import Live
 from whispr.kit.mtls import WorkloadIdentity
+from whispr.kit.pressure import Pressure
 from whispr.kit.settings import CommonSettings, SettingsError, load, split_bind
 from whispr.kit.supervisor import Supervisor
 
@@ -75,6 +77,10 @@ class Context:
             None if common.mesh or common.identity_dir is None else WorkloadIdentity(common.identity_dir)
         )
         self.cache = Cache(common.valkey_url)
+        self.pressure = Pressure()
+        self.live = Live(common.live_settings, name)
+        if common.live_settings is not None:
+            self.live.on_change(lambda: telemetry.set_level(self.live.value("log_level", common.log_level)))
         self.limiter = RateLimiter(self.cache, enabled=common.rate_limits == "on")
         self.databases: dict[str, Database] = {}
         self.identities: list[Identity] = []
@@ -185,7 +191,9 @@ class Running:
         self.supervisor = Supervisor()
         # Without Valkey everything goes on, more slowly; taking every process out of service for it would stop it all.
         # The internal port answers from the first moment on, and the doors that work comes through open last.
-        self.health = Health({**self._own_checks(), **service.checks}, advisory=("cache",), starting=True)
+        self.health = Health(
+            {**self._own_checks(), **service.checks}, advisory=("cache", "live_settings"), starting=True
+        )
         self.http_port: int | None = None
         self.grpc_port: int | None = None
         self.internal_port: int | None = None
@@ -225,6 +233,8 @@ class Running:
 
     def _own_checks(self) -> dict[str, Step]:
         checks: dict[str, Step] = {"cache": self.context.cache.ready}
+        if self.context.common.live_settings is not None:
+            checks["live_settings"] = self.context.live.ready
         if self.context.databases:
             (database, *others) = self.context.databases.values()
             assert not others, "a service owns one database"
@@ -244,6 +254,8 @@ class Running:
         await self._internal.start()
         self.supervisor.add("cache", self.context.cache.run)
         self.supervisor.add("health", self.health.run)
+        self.supervisor.add("live", self.context.live.run)
+        self.supervisor.add("pressure", self.context.pressure.run)
         if self.context.workload is not None:
             self.supervisor.add("certificate", self.context.workload.run)
         for identity in self.context.identities:

@@ -51,6 +51,8 @@ class CommonSettings(BaseSettings):
     token_issuer: str = "whispr"  # noqa: S105
     token_audience: str = "whispr"  # noqa: S105
 
+    live_settings: Path | None = None
+
     otlp_endpoint: str | None = None
     trace_sample_ratio: float = Field(default=0.0, ge=0, le=1)
 

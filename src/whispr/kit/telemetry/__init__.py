@@ -6,7 +6,14 @@ from opentelemetry.sdk.trace.export import SpanExporter
 
 from whispr.kit.settings import CommonSettings
 from whispr.kit.telemetry import metrics
-from whispr.kit.telemetry.logs import bind_request, clear_request, configure_logs, get_logger, request_id
+from whispr.kit.telemetry.logs import (
+    bind_request,
+    clear_request,
+    configure_logs,
+    get_logger,
+    request_id,
+    set_level,
+)
 from whispr.kit.telemetry.tracing import (
     asgi_carrier,
     client_span,
@@ -37,6 +44,7 @@ __all__ = [
     "metrics",
     "request_id",
     "server_span",
+    "set_level",
     "shutdown",
     "span",
     "trace_id",

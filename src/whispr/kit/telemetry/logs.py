@@ -22,6 +22,11 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 # every line.
 _request: ContextVar[Mapping[str, Any]] = ContextVar("whispr_request", default={})  # noqa: B039
 
+# One object a name, so that `set_level` reaches those in use.
+_loggers: dict[str, Any] = {}
+
+_in_production = False
+
 # They print the client's address and the query string with its token for each request; our own doors log better.
 _SILENCED = ("uvicorn.access",)
 
@@ -47,7 +52,10 @@ def request_id() -> str | None:
 
 def get_logger(name: str) -> structlog.typing.FilteringBoundLogger:
     """A logger called `name` (pass `__name__`). Events are short and constant; what varies goes into keyword arguments."""
-    return cast(structlog.typing.FilteringBoundLogger, structlog.get_logger(name))
+    logger = _loggers.get(name)
+    if logger is None:
+        logger = _loggers[name] = structlog.get_logger(name)
+    return cast(structlog.typing.FilteringBoundLogger, logger)
 
 
 class _Stdout:
@@ -132,10 +140,8 @@ class _Bridge(logging.Handler):
 
 def configure_logs(service: str, settings: CommonSettings) -> None:
     """Set up structlog and the standard library's logging for this process."""
-    level = _LEVELS[settings.log_level]
-    if settings.environment == "production":
-        # A debug line may describe a single person's doings; production does not keep those, whatever was asked for.
-        level = max(level, logging.INFO)
+    global _in_production
+    _in_production = settings.environment == "production"
     renderer: Any = _render_json
     if settings.log_format == "console":
         renderer = structlog.dev.ConsoleRenderer(
@@ -143,7 +149,6 @@ def configure_logs(service: str, settings: CommonSettings) -> None:
         )
     structlog.configure(
         processors=[_format_exception, _Enrich(service), renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=_Stdout,
         cache_logger_on_first_use=True,
     )
@@ -152,8 +157,23 @@ def configure_logs(service: str, settings: CommonSettings) -> None:
         *(handler for handler in root.handlers if not isinstance(handler, _Bridge | logging.StreamHandler)),
         _Bridge(),
     ]
-    root.setLevel(level)
     for name in _SILENCED:
         logging.getLogger(name).disabled = True
+    set_level(settings.log_level)
+
+
+def set_level(name: str) -> None:
+    """Write lines of this level (debug, info, warning, error) and above from now on."""
+    level = _LEVELS[name]
+    if _in_production:
+        # A debug line may describe a single person's doings; production does not keep those, whatever was asked for.
+        level = max(level, logging.INFO)
+    structlog.configure(
+        **{**structlog.get_config(), "wrapper_class": structlog.make_filtering_bound_logger(level)}
+    )
+    for logger in _loggers.values():
+        # A logger remembers the class it was first used with.
+        vars(logger).pop("bind", None)
+    logging.getLogger().setLevel(level)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
