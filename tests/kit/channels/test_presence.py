@@ -18,6 +18,7 @@ from whispr.kit.cache import Cache
 from whispr.kit.channels import Channel, Endpoint, Presence
 from whispr.kit.clock import ManualClock
 from whispr.kit.identity import Caller
+from whispr.kit.pressure import Pressure
 
 INTERVAL = 0.03
 TTL = 0.6
@@ -478,3 +479,24 @@ async def test_phoenix_js_agrees(start: Start, topic: str) -> None:
             await phoenix.wait("presence", present={**both, str(user_id("bob")): 1})
     except Unavailable as reason:
         pytest.skip(str(reason))
+
+
+async def test_under_pressure_diffs_are_left_out_and_the_state_is_told_afterwards(
+    start: Start, topic: str
+) -> None:
+    pressure = Pressure()
+    node = await start(pressure=pressure)
+    alice = Seen(await node.join(topic, "alice"))
+    await alice.until("alice")
+    pressure.observe(10.0)
+    bob = await node.join(topic, "bob")
+    carol = await node.join(topic, "carol")
+    carol.abandon()
+    await until(lambda: node.presence._outdated and len(node.presence.state(topic)) == 2)
+    await alice.nothing()
+    pressure._change(False, 0.0)
+    event, payload = (await alice.client.next())[3:]
+    assert (event, set(payload)) == ("presence_state", {str(user_id("alice")), str(user_id("bob"))})
+    alice.apply(event, payload)
+    bob.abandon()
+    await alice.until("alice")

@@ -23,6 +23,7 @@ from whispr.kit.cache import LOST_CACHE, Cache
 from whispr.kit.channels.channel import Channel
 from whispr.kit.channels.presence_store import Changes, Entry, PresenceStore
 from whispr.kit.clock import Clock
+from whispr.kit.pressure import Pressure
 from whispr.kit.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ log = get_logger(__name__)
 
 _RENEW_BEATS = 60
 """Heartbeats between two renewals of the stored topics."""
+
+_STATES_AT_ONCE = 50
+_STATES_PAUSE = 0.05
 
 Groups = dict[str, list[msgspec.Raw]]
 """Metas by key."""
@@ -94,6 +98,7 @@ class Presence:
     `ttl`: seconds after which a node that died no longer counts. `interval`: seconds between two diffs. `cap`: keys per topic, and
     topics per follower. `visible(viewer, key)`: whether a person may see a key; it is asked often and must answer from memory.
     `on_offline(topic, key, at)`: no entry of `key` is left on `topic` on any node, `at` in epoch seconds.
+    With `pressure` high, followers hear of nothing; they get the present state when it is over.
     """
 
     def __init__(
@@ -108,7 +113,14 @@ class Presence:
         visible: Callable[[Caller, str], bool] | None = None,
         on_offline: Callable[[str, str, float], None] | None = None,
         user_topic: Callable[[UUID], str] = _user_topic,
+        pressure: Pressure | None = None,
     ) -> None:
+        self._pressure = pressure
+        # Followers that were told nothing of some change.
+        self._outdated: set[Channel] = set()
+        self._catching_up: asyncio.Task[None] | None = None
+        if pressure is not None:
+            pressure.on_calm(self._catch_up)
         # A restarted process must not be taken for the one before it, whose entries it does not hold.
         self.node = f"{(node_id or 'node').replace('.', '-')}-{secrets.token_hex(4)}"
         self._store = PresenceStore(cache, self.node, ttl)
@@ -203,12 +215,18 @@ class Presence:
         if self._following.get(channel) is not names:
             return
         self._starting.discard(channel)
+        self._push_state(channel)
+
+    def _push_state(self, channel: Channel) -> None:
+        self._outdated.discard(channel)
+        names = self._following[channel]
         entries = [entry for name in names for entry in self._seen(self._topics[name])]
         channel.push("presence_state", _render(self._allowed(channel, _group(entries))))
 
     def unfollow(self, channel: Channel) -> None:
         """Stop telling `channel` of presence."""
         self._starting.discard(channel)
+        self._outdated.discard(channel)
         for name in self._following.pop(channel, ()):
             record = self._topics[name]
             record.followers.discard(channel)
@@ -275,13 +293,30 @@ class Presence:
         for topic, diff in diffs.items():
             record = self._topics.get(topic)
             if record is not None and (diff.joins or diff.leaves):
-                for channel in record.followers - self._starting:
+                for channel in record.followers - self._starting - self._outdated:
                     news.setdefault(channel, []).append(diff)
+        if news and self._pressure is not None and self._pressure.shed("presence", len(news)):
+            self._outdated |= news.keys()
+            return
         for channel, parts in news.items():
             joins = self._allowed(channel, _group(entry for part in parts for entry in part.joins.values()))
             leaves = self._allowed(channel, _group(entry for part in parts for entry in part.leaves.values()))
             if joins or leaves:
                 channel.push("presence_diff", {"joins": _render(joins), "leaves": _render(leaves)})
+
+    def _catch_up(self) -> None:
+        if self._outdated and self._catching_up is None:
+            self._catching_up = asyncio.get_running_loop().create_task(self._push_states())
+
+    async def _push_states(self) -> None:
+        """Give outdated followers the present state, some at a time: all at once would be the next pressure."""
+        try:
+            while self._outdated and self._pressure is not None and not self._pressure.high:
+                for channel in list(self._outdated)[:_STATES_AT_ONCE]:
+                    self._push_state(channel)
+                await asyncio.sleep(_STATES_PAUSE)
+        finally:
+            self._catching_up = None
 
     def _tidy(self, topic: str) -> None:
         record = self._topics.get(topic)
@@ -463,6 +498,8 @@ class Presence:
     async def close(self) -> None:
         """Take this node's entries away at once instead of after `ttl`. Call it when the sockets are gone."""
         self._stop_listening()
+        if self._catching_up is not None:
+            self._catching_up.cancel()
         self.flush()
         if self._writer is not None:
             await asyncio.gather(self._writer, return_exceptions=True)
