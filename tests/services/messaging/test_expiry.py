@@ -20,7 +20,7 @@ from tests.services.messaging.line import Line
 from tests.stack import Stack
 
 from whispr.kit.errors import Unavailable
-from whispr.services.messaging.models import MessageHead
+from whispr.services.messaging.models import MessageHead, Role
 from whispr.services.messaging.service import expiry as module
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.store import changes, members
@@ -105,7 +105,7 @@ async def test_whoever_came_later_is_not_waited_for(ages: Ages) -> None:
     group = await ages.group(ann, bob)
     await ages.send(group, ann, expires_in=5, from_read=True)
     async with ages.db.transaction() as tx:
-        await members.join(tx, group, [cid], members.Role.MEMBER, [1], ages.clock.now())
+        await members.join(tx, group, [cid], Role.MEMBER, [1], ages.clock.now())
         await tx.execute("UPDATE conversation_members SET read_seq = 0 WHERE user_id = $1", cid)
     await ages.read(node, group, bob, 1)
     assert await ages.fetchval("SELECT expires_at FROM messages WHERE conversation_id = $1", group)
