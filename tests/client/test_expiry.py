@@ -86,6 +86,10 @@ def test_from_reading_it_ends_after_ones_own_reading_and_ones_own_wait_for_the_s
     assert device.after(1060) == [first]
     assert device.after(5000) == [first, second]
     assert device.history.find(mine) is not None
+    # Read on another device before it came to this one.
+    late = device.keep(seq=3, start="read")
+    assert device.after(5059) == [first, second]
+    assert late in device.after(5060)
 
 
 def test_nothing_of_what_was_said_stays_in_the_store() -> None:

@@ -179,6 +179,7 @@ class WhisprClient:
             options=self._socket_options,
             notify=self._notify,
             on_user_event=self._user_event,
+            on_read=self._read_here,
         )
         for conversation_id in self.conversations.ids():
             self.live.open(conversation_id)
@@ -356,6 +357,15 @@ class WhisprClient:
         return profile.user_id
 
     def _user_event(self, event: str, payload: dict[str, Any]) -> None:
+        try:
+            self._follow(event, payload)
+        except (KeyError, TypeError, ValueError):
+            # It must not stop the connection, which is where this is called from.
+            log.warning("The server sent a %s that makes no sense.", event)
+        if event != "undelivered":  # pages of what the conversations' own channels bring
+            self._notify(Notice(event, payload))
+
+    def _follow(self, event: str, payload: dict[str, Any]) -> None:
         if event == "joined":
             # Additions are pushed to whoever is there; whoever was away looks for them.
             self._spawn(self._persist(self._refresh_conversations))
@@ -373,9 +383,7 @@ class WhisprClient:
             scheduled_id = UUID(payload["scheduled_id"])
             self._spawn(self._persist(lambda: self.schedule.encrypt_anew(scheduled_id, payload)))
         elif event == "read_synced":
-            self._read_here(UUID(payload["conversation_id"]), payload["seq"])
-        if event != "undelivered":  # pages of what the conversations' own channels bring
-            self._notify(Notice(event, payload))
+            self._read_here(UUID(payload["conversation_id"]), int(payload["read_seq"]))
 
     async def _refresh_conversations(self) -> None:
         async for conversation in self.rest.conversations():

@@ -17,6 +17,7 @@ from whispr.client.store import Store
 
 _DUE = "expiring"
 _UNREAD = "expiring_when_read"
+_READ = "read_marks"
 # A computer that slept does not count that time in its timers.
 LOOK_AGAIN: Final = 1.0
 
@@ -47,11 +48,17 @@ class Expiry:
         if message.expires_from == "sent":
             self._end_at(message.id, message.sent_at.timestamp() + message.expires_in)
         elif message.sender_id != self._user_id:
-            key = f"{message.conversation_id}/{message.seq:012}/{message.id}"
-            self._store.save(_UNREAD, key, message.expires_in)
+            if message.seq <= self._mark(message.conversation_id):
+                self._end_at(message.id, self._now() + message.expires_in)
+            else:
+                key = f"{message.conversation_id}/{message.seq:012}/{message.id}"
+                self._store.save(_UNREAD, key, message.expires_in)
 
     def read(self, conversation_id: UUID, seq: int) -> None:
         """The person has read everything up to `seq`, on this device or another."""
+        if seq <= self._mark(conversation_id):
+            return
+        self._store.save(_READ, str(conversation_id), seq)
         prefix = f"{conversation_id}/"
         for key in [key for key in self._store.keys(_UNREAD) if key.startswith(prefix)]:
             _, number, message_id = key.split("/")
@@ -83,6 +90,9 @@ class Expiry:
             else:
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _mark(self, conversation_id: UUID) -> int:
+        return self._store.load(_READ, str(conversation_id), int) or 0
 
     def _end_at(self, message_id: UUID, deadline: float) -> None:
         # Padded, so that the store's ascending order is the order of time.

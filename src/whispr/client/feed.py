@@ -10,7 +10,7 @@ import msgspec
 
 from whispr.client.backoff import Backoff
 from whispr.client.failures import ApiError, ClientError
-from whispr.client.models import LogEvent
+from whispr.client.models import LogEvent, Member
 
 MAX_HELD: Final = 1000
 PATIENCE: Final = 5
@@ -24,7 +24,7 @@ class JoinReply(msgspec.Struct, frozen=True):
     recovered: bool = False
     events: list[LogEvent] = []
     more: bool = False
-    members: list[Any] = []
+    members: list[Member] = []
 
 
 class SyncReply(msgspec.Struct, frozen=True):

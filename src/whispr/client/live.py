@@ -27,7 +27,10 @@ class _Numbered(msgspec.Struct):
 
 
 class Live:
-    """`on_user_event(event, payload)` gets the pushes of the user's topic, and `joined` with each reply to joining it."""
+    """`on_user_event(event, payload)` gets the pushes of the user's topic, and `joined` with each reply to joining it.
+
+    `on_read(conversation_id, seq)` is told how far the person has read, on any device.
+    """
 
     def __init__(
         self,
@@ -40,6 +43,7 @@ class Live:
         options: SocketOptions | None,
         notify: Callable[[Notice], None],
         on_user_event: Callable[[str, dict[str, Any]], None],
+        on_read: Callable[[UUID, int], None],
     ) -> None:
         self._url = url
         self._tokens = tokens
@@ -48,6 +52,7 @@ class Live:
         self._options = options
         self._notify = notify
         self._on_user_event = on_user_event
+        self._on_read = on_read
         self._sockets: list[Socket] = []
         self._load: dict[Socket, int] = {}
         self._online = False
@@ -124,7 +129,11 @@ class Live:
         )
 
         def joined(reply: msgspec.Raw) -> None:
-            feed.joined(msgspec.json.decode(reply, type=JoinReply))
+            answer = msgspec.json.decode(reply, type=JoinReply)
+            for member in answer.members:
+                if member.user_id == self._user_id and member.read_seq is not None:
+                    self._on_read(conversation_id, member.read_seq)
+            feed.joined(answer)
             if conversation_id in self._kept:
                 self.acknowledge(conversation_id, self._kept[conversation_id])
 

@@ -102,8 +102,11 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Member(msgspec.Struct, frozen=True):
+    """`read_seq` is None for people who keep their reading private."""
+
     user_id: UUID
     role: str = "member"
+    read_seq: int | None = None
 
 
 class Conversation(msgspec.Struct, frozen=True):
