@@ -28,6 +28,7 @@ from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.erasure import Erasure
 from whispr.services.messaging.service.events import EventBus
 from whispr.services.messaging.service.expiry import Expiry
+from whispr.services.messaging.service.firing import Firing
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.housekeeping import Housekeeping
 from whispr.services.messaging.service.last_seen import LastSeen
@@ -48,15 +49,18 @@ from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
 from whispr.services.messaging.service.retention import Retention
+from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.status import Status
 from whispr.services.messaging.service.structure import Structure
+from whispr.services.messaging.service.timers import Timers
 from whispr.services.messaging.service.usage import Usage
 from whispr.services.messaging.service.visibility import Visibility
 from whispr.services.messaging.settings import MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
 from whispr.services.notification.client import Event, NotificationClient
+from whispr.services.scheduling.client import SchedulingClient
 from whispr.services.user.client import UserClient
 
 
@@ -85,7 +89,11 @@ async def build(context: Context) -> Service:
     dispatcher = Dispatcher(
         database,
         clock,
-        {**_announcing(context, database, whereabouts.presence), **_media_links(context)},
+        {
+            **_announcing(context, database, whereabouts.presence),
+            **_media_links(context),
+            **_timers(context, database),
+        },
         batch=20,
         ttl=timedelta(hours=settings.outbox_hours),
         lasting={REPORT_SUBMITTED, MEDIA_LINKED, MEDIA_UNLINKED},
@@ -134,6 +142,15 @@ async def build(context: Context) -> Service:
     changes = Changes(structure, sending)
     reactions = Reactions(structure, sending)
     pins = Pins(structure, sending)
+    # Where scheduling does not run nobody calls for them, and nobody is waited for.
+    grace = settings.scheduled_grace_seconds if context.common.scheduling_address else 0
+    firing = Firing(database, clock, sending, directory, bus, grace=timedelta(seconds=grace))
+
+    def scheduled_changed() -> None:
+        firing.wake()
+        dispatcher.wake()
+
+    scheduled = Scheduled(database, clock, sending, context.limiter, scheduled_changed)
     rooms = channels.Rooms(bus)
     typists = channels.Typists(rooms, bus, directory, contact, clock)
     channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
@@ -150,6 +167,7 @@ async def build(context: Context) -> Service:
         devices,
         typists,
         whereabouts,
+        scheduled,
         reads=Pace(clock, rate=settings.read_rate, burst=settings.read_burst) if is_limited else None,
     )
     endpoint = channels.build_endpoint(
@@ -188,6 +206,7 @@ async def build(context: Context) -> Service:
                 reactions=reactions,
                 pins=pins,
                 reports=reports,
+                scheduled=scheduled,
             )
         ],
         identity=identity,
@@ -204,11 +223,22 @@ async def build(context: Context) -> Service:
                 retention,
                 MediaAccess(database, clock),
                 Usage(database, clock, threshold=settings.usage_threshold),
+                firing,
             ),
             maintenance.register,
         ],
         loops={
-            **jobs.loops(dispatcher, receipts, housekeeping, expiry, retention, reports),
+            **jobs.loops(
+                dispatcher,
+                receipts,
+                housekeeping,
+                expiry,
+                retention,
+                reports,
+                firing,
+                scheduled,
+                scheduled_life=timedelta(days=settings.scheduled_days),
+            ),
             "sending": sending.run,
             "events": bus.run,
             "typing": typists.run,
@@ -216,7 +246,7 @@ async def build(context: Context) -> Service:
             "visibility": whereabouts.run,
         },
         on_start=[sending_database.open, start],
-        on_drain=[drain],
+        on_drain=[drain, firing.drain],
         on_stop=[
             sending_database.close,
             signatures.close,
@@ -280,6 +310,14 @@ class LinkTeller:
 
 def _link(link: MediaLink) -> LinkOfMedia:
     return LinkOfMedia(link.message_id, link.conversation_id, link.sender_id, link.media_ids)
+
+
+def _timers(context: Context, database: Database) -> dict[str, Handler]:
+    # Where scheduling does not run the rows wait out their time: what is late is sent without it.
+    channel = context.channel("scheduling")
+    if channel is None:
+        return {}
+    return Timers(database, SchedulingClient(channel)).handlers()
 
 
 def _media_links(context: Context) -> dict[str, Handler]:

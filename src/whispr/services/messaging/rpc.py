@@ -10,9 +10,10 @@ import grpc
 import msgspec
 
 from whispr.contracts import messaging_pb2, messaging_pb2_grpc
-from whispr.kit.rpc_fields import read_id, read_time
+from whispr.kit.rpc_fields import as_timestamp, read_id, read_time
 from whispr.services.messaging.service.erasure import Erasure
 from whispr.services.messaging.service.expiry import Expiry
+from whispr.services.messaging.service.firing import Firing
 from whispr.services.messaging.service.media_links import MediaAccess
 from whispr.services.messaging.service.retention import Retention
 from whispr.services.messaging.service.usage import Usage
@@ -27,8 +28,15 @@ class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
     """Turns messages into calls of the rules and answers into messages."""
 
     def __init__(
-        self, erasure: Erasure, expiry: Expiry, retention: Retention, media_access: MediaAccess, usage: Usage
+        self,
+        erasure: Erasure,
+        expiry: Expiry,
+        retention: Retention,
+        media_access: MediaAccess,
+        usage: Usage,
+        firing: Firing,
     ) -> None:
+        self._firing = firing
         self._erasure = erasure
         self._expiry = expiry
         self._retention = retention
@@ -57,6 +65,19 @@ class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
         purged = await self._retention.purge_outdated(until=is_over)
         return messaging_pb2.CleanupExpiredMessagesResponse(expired=expired, purged=purged, more=is_over())
 
+    async def SendScheduledMessage(
+        self, request: messaging_pb2.SendScheduledMessageRequest, context: Call
+    ) -> messaging_pb2.SendScheduledMessageResponse:
+        # What was sent stays sent, so the operation needs no record; a caller without one is still wrong.
+        read_id("operation_id", request.operation_id)
+        plan = await self._firing.fire(read_id("scheduled_id", request.scheduled_id))
+        return messaging_pb2.SendScheduledMessageResponse(
+            status=plan.status.value,
+            message_id="" if plan.message_id is None else str(plan.message_id),
+            failure=plan.failure or "",
+            send_at=as_timestamp(plan.send_at),
+        )
+
     async def AuthorizeMediaAccess(
         self, request: messaging_pb2.AuthorizeMediaAccessRequest, context: Call
     ) -> messaging_pb2.AuthorizeMediaAccessResponse:
@@ -78,12 +99,17 @@ class MessagingServicer(messaging_pb2_grpc.MessagingServiceServicer):
 
 
 def register(
-    erasure: Erasure, expiry: Expiry, retention: Retention, media_access: MediaAccess, usage: Usage
+    erasure: Erasure,
+    expiry: Expiry,
+    retention: Retention,
+    media_access: MediaAccess,
+    usage: Usage,
+    firing: Firing,
 ) -> Callable[[grpc.aio.Server], None]:
     """What puts the servicer on a server."""
 
     def add(server: grpc.aio.Server) -> None:
-        servicer = MessagingServicer(erasure, expiry, retention, media_access, usage)
+        servicer = MessagingServicer(erasure, expiry, retention, media_access, usage, firing)
         messaging_pb2_grpc.add_MessagingServiceServicer_to_server(servicer, server)
 
     return add

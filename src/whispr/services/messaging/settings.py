@@ -40,6 +40,17 @@ class MessagingSettings(ServiceSettings):
         default=10, ge=2, description="Numbers about fewer people are left out of usage reports."
     )
     report_days: int = Field(default=365, ge=1, description="How long a report is kept here.")
+    scheduled_grace_seconds: float = Field(
+        default=10,
+        ge=0,
+        le=3600,
+        description="How late a scheduled message may be before it is sent without being asked by scheduling.",
+    )
+    scheduled_days: int = Field(
+        default=30,
+        ge=1,
+        description="How long a scheduled message is listed after it was sent or has failed.",
+    )
     outbox_hours: float = Field(
         default=24, gt=0, description="A notification that waited longer helps nobody."
     )

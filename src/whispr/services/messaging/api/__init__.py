@@ -11,6 +11,7 @@ from whispr.services.messaging.api import changes as change_routes
 from whispr.services.messaging.api import conversations as conversation_routes
 from whispr.services.messaging.api import messages as message_routes
 from whispr.services.messaging.api import reports as report_routes
+from whispr.services.messaging.api import scheduled as scheduled_routes
 from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.directory import Directory
@@ -20,6 +21,7 @@ from whispr.services.messaging.service.pins import Pins
 from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import Reports
+from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.status import Status
 
@@ -37,12 +39,14 @@ def build_router(
     reactions: Reactions,
     pins: Pins,
     reports: Reports,
+    scheduled: Scheduled,
 ) -> APIRouter:
-    """`/api/v1/conversations` and `/api/v1/messages`."""
+    """`/api/v1/conversations`, `/api/v1/messages` and `/api/v1/scheduled-messages`."""
     unauthenticated: dict[int | str, dict[str, Any]] = {401: {"model": Problem}}
     router = new_router(prefix="/api/v1", responses=unauthenticated)
     conversation_routes.add_routes(router, conversations, members)
-    message_routes.add_routes(router, directory, history, receipts, status, sending)
+    message_routes.add_routes(router, directory, history, receipts, status, sending, scheduled)
     change_routes.add_routes(router, directory, changes, reactions, pins)
     report_routes.add_routes(router, reports)
+    scheduled_routes.add_routes(router, scheduled)
     return router

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Response
 from whispr.kit.http import CallerDep, LimitParam, Problem
 from whispr.kit.identity import Caller
 from whispr.services.messaging.api import answers
+from whispr.services.messaging.api.scheduled import ScheduledAnswer, accepted
 from whispr.services.messaging.api.shapes import (
     MAX_SEQ,
     EventsView,
@@ -26,12 +27,12 @@ from whispr.services.messaging.models import (
     Draft,
     NotAMember,
     ReceiptKind,
-    SchedulingUnavailable,
     render_message,
 )
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.status import Status
 
@@ -52,19 +53,23 @@ def add_routes(
     receipts: Receipts,
     status: Status,
     sending: Sending,
+    scheduled: Scheduled,
 ) -> None:
     """Put the routes on `router`."""
-    _add_sending(router, sending)
+    _add_sending(router, sending, scheduled)
     _add_history(router, directory, history)
     _add_receipts(router, directory, receipts, status)
 
 
-def _add_sending(router: APIRouter, sending: Sending) -> None:
+def _add_sending(router: APIRouter, sending: Sending, scheduled: Scheduled) -> None:
     @router.post(
         "/messages",
         status_code=201,
         response_model=MessageView,
-        responses={200: {"model": MessageView, "description": "It had been sent before."}}
+        responses={
+            200: {"model": MessageView, "description": "It had been sent before."},
+            202: {"model": ScheduledAnswer, "description": "It will be sent at `send_at`."},
+        }
         | _FORBIDDEN
         | _NOT_FOUND
         | _CONFLICT
@@ -77,12 +82,15 @@ def _add_sending(router: APIRouter, sending: Sending) -> None:
         The same `client_id` from the same device answers the first result again with 200, or 409
         `client_id_conflict` if the content differs. With envelopes, their devices must be exactly the members' current
         ones but the calling one: else 409 `devices_mismatch` with `missing` (and their `owners`), `extra` and `stale`.
+
+        With `send_at` it is held to the same rules, kept, and sent then: 202. If the devices are others by then, its
+        author's devices are asked to encrypt it again (`needs_reencrypt`).
         """
-        if body.send_at is not None:
-            # To send it now instead would be worse than not to send it.
-            raise SchedulingUnavailable
+        draft = _draft(caller, body)
         try:
-            result = await sending.send(_draft(caller, body))
+            if body.send_at is not None:
+                return accepted(await scheduled.schedule(draft, body.send_at))
+            result = await sending.send(draft)
         except NotAMember:
             raise ConversationNotFound from None
         return answers.json_answer(

@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from whispr.kit.http import Body
 from whispr.services.messaging.models import MAX_EXPIRY_SECONDS, MAX_MEMBERS, BadSignature
@@ -150,7 +150,9 @@ class MessageCreation(Body):
     expires_from: Literal["sent", "read"] = Field(
         "sent", description="What the seconds count from; `read`: when every recipient has read it."
     )
-    send_at: datetime | None = Field(None, description="Send it then. Needs the scheduling service.")
+    send_at: AwareDatetime | None = Field(
+        None, description="Send it then: between now and a year from now. Answered with 202."
+    )
 
 
 class MessageEdit(Body):

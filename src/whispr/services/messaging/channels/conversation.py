@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
@@ -19,7 +20,6 @@ from whispr.services.messaging.models import (
     Draft,
     NotAMember,
     ReceiptKind,
-    SchedulingUnavailable,
     SendResult,
 )
 from whispr.services.messaging.service.opening import RECOVERED_EVENTS, SMALL_GROUP
@@ -101,8 +101,6 @@ class ConversationChannel(RoomChannel):
 
     def _new_message(self, payload: msgspec.Raw, reply: Reply) -> Work:
         body = payloads.decode_new_message(payload)
-        if body.send_at is not None:
-            raise SchedulingUnavailable
         caller = self.socket.caller
         draft = Draft(
             self.conversation_id,
@@ -117,6 +115,8 @@ class ConversationChannel(RoomChannel):
             body.expires_in,
             body.expires_from == "read",
         )
+        if body.send_at is not None:
+            return self._answer_schedule(draft, body.send_at, reply)
         self._desk.sending.submit(draft, _Answer(reply))
         if self._is_typing:
             self._stop_typing()
@@ -161,6 +161,10 @@ class ConversationChannel(RoomChannel):
     def _actor(self) -> Actor:
         caller = self.socket.caller
         return Actor(caller.user_id, caller.device_id)
+
+    async def _answer_schedule(self, draft: Draft, send_at: datetime, reply: Reply) -> None:
+        plan = await self._desk.scheduled.schedule(draft, send_at)
+        reply.ok({"scheduled_id": plan.id, "send_at": plan.send_at, "status": plan.status})
 
     def _mark_as_delivered(self, payload: msgspec.Raw, reply: Reply) -> Work:
         return self._mark(ReceiptKind.DELIVERED, payload, reply)

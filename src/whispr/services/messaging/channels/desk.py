@@ -18,6 +18,7 @@ from whispr.services.messaging.service.pace import Pace
 from whispr.services.messaging.service.pins import Pins
 from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
+from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
 
 _BACKLOGS_AT_ONCE = 20
@@ -39,6 +40,7 @@ class Desk:
     devices: Devices
     typists: Typists
     whereabouts: Whereabouts
+    scheduled: Scheduled
     reads: Pace | None = None
     backlogs: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_BACKLOGS_AT_ONCE))
 

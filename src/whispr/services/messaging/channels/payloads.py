@@ -25,7 +25,7 @@ class NewMessage(msgspec.Struct):
     media_ids: Annotated[tuple[UUID, ...], msgspec.Meta(max_length=100)] | None = None
     expires_in: Annotated[int, msgspec.Meta(ge=1, le=MAX_EXPIRY_SECONDS)] | None = None
     expires_from: Literal["sent", "read"] = "sent"
-    send_at: datetime | None = None
+    send_at: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
 
 
 class Ack(msgspec.Struct):

@@ -13,6 +13,7 @@ from whispr.kit.errors import Forbidden
 from whispr.services.messaging.channels.desk import Desk
 from whispr.services.messaging.channels.rooms import render_events
 from whispr.services.messaging.models import UndeliveredPage
+from whispr.services.messaging.service.firing import needs_notice
 
 if TYPE_CHECKING:
     from whispr.kit.channels import Hub, Socket
@@ -47,11 +48,16 @@ class UserChannel(Channel):
         whereabouts = self._desk.whereabouts
         whereabouts.enter(self, self.topic, {"online_at": self._desk.clock.now()})
         await whereabouts.watch_contacts(self)
+        await self._push_needs()
         await self._push_undelivered()
 
     def terminated(self) -> None:
         """No longer present."""
         self._desk.whereabouts.leave(self)
+
+    async def _push_needs(self) -> None:
+        for plan in await self._desk.scheduled.in_need(self.socket.caller.user_id):
+            self.push("needs_reencrypt", needs_notice(plan, plan.failure, plan.needs))
 
     async def _push_undelivered(self) -> None:
         caller = self.socket.caller

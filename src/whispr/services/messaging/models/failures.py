@@ -194,13 +194,6 @@ class ContentTooLarge(Failure):
     code = "too_large"
 
 
-class SchedulingUnavailable(Failure):
-    """Messages cannot be scheduled here: no scheduling service runs."""
-
-    kind = Kind.UNAVAILABLE
-    code = "scheduling_unavailable"
-
-
 class Rescheduled(Failure):
     """The scheduled message is not what it was when it was read."""
 

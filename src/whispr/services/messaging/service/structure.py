@@ -26,7 +26,8 @@ from whispr.services.messaging.models import (
     UnknownUser,
 )
 from whispr.services.messaging.service.directory import Directory
-from whispr.services.messaging.store import conversations, members
+from whispr.services.messaging.service.timers import set_timer
+from whispr.services.messaging.store import conversations, members, scheduled
 
 GROUP_EVENT = "group_event"
 """Topic of the outbox rows that tell people of a group."""
@@ -183,6 +184,8 @@ class Structure:
         )
         events = await conversations.append_events(tx, row.id, changes, now)
         await members.leave(tx, row.id, member.user_id, events[-1].seq, now)
+        for ref in await scheduled.cancel_all_of(tx, row.id, member.user_id, now):
+            await set_timer(tx, ref)
         if row.is_active and (not rest or row.type is ConversationType.DIRECT):
             events.append(await self.close(tx, row, by))
         return events

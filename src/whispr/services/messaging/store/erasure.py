@@ -18,7 +18,8 @@ async def active_conversations(connection: Connection, user_id: UUID, limit: int
 
 
 async def forget_person(tx: Connection, user_id: UUID) -> None:
-    """Drop the person's cursors, the times of what they got and read, and their settings."""
+    """Drop the person's cursors, the times of what they got and read, their settings, and what they scheduled."""
+    await tx.execute("DELETE FROM scheduled_messages WHERE sender_id = $1", user_id)
     await tx.execute("DELETE FROM device_cursors WHERE user_id = $1", user_id)
     await tx.execute(
         """
