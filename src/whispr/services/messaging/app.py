@@ -28,6 +28,7 @@ from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.erasure import Erasure
 from whispr.services.messaging.service.events import EventBus
 from whispr.services.messaging.service.expiry import Expiry
+from whispr.services.messaging.service.export import Export
 from whispr.services.messaging.service.firing import Firing
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.housekeeping import Housekeeping
@@ -206,6 +207,9 @@ async def build(context: Context) -> Service:
                 reactions=reactions,
                 pins=pins,
                 reports=reports,
+                export=Export(database, clock, directory, history, conversations, context.limiter),
+                restrictions=restrictions,
+                volume=volume,
                 scheduled=scheduled,
             )
         ],

@@ -9,12 +9,14 @@ from fastapi import APIRouter
 from whispr.kit.http import Problem, new_router
 from whispr.services.messaging.api import changes as change_routes
 from whispr.services.messaging.api import conversations as conversation_routes
+from whispr.services.messaging.api import export as export_routes
 from whispr.services.messaging.api import messages as message_routes
 from whispr.services.messaging.api import reports as report_routes
 from whispr.services.messaging.api import scheduled as scheduled_routes
 from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.conversations import Conversations
 from whispr.services.messaging.service.directory import Directory
+from whispr.services.messaging.service.export import Export
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.pins import Pins
@@ -39,6 +41,9 @@ def build_router(
     reactions: Reactions,
     pins: Pins,
     reports: Reports,
+    export: Export,
+    restrictions: Restrictions,
+    volume: Volume,
     scheduled: Scheduled,
 ) -> APIRouter:
     """`/api/v1/conversations`, `/api/v1/messages` and `/api/v1/scheduled-messages`."""
@@ -48,5 +53,7 @@ def build_router(
     message_routes.add_routes(router, directory, history, receipts, status, sending, scheduled)
     change_routes.add_routes(router, directory, changes, reactions, pins)
     report_routes.add_routes(router, reports)
+    export_routes.add_routes(router, export)
+    restriction_routes.add_routes(router, restrictions, volume)
     scheduled_routes.add_routes(router, scheduled)
     return router
