@@ -85,6 +85,7 @@ class Auth:
 @dataclass
 class _Answer:
     reason: str
+    knows_sender: bool = False
 
 
 class Users:
@@ -92,6 +93,7 @@ class Users:
 
     def __init__(self) -> None:
         self.reasons: dict[tuple[UUID, UUID], str] = {}
+        self.contacts: set[tuple[UUID, UUID]] = set()
         self.away = False
         self.asked = 0
 
@@ -102,7 +104,10 @@ class Users:
         self.asked += 1
         if self.away:
             raise Unavailable
-        return {other: _Answer(self.reasons.get((sender_id, other), "ok")) for other in recipient_ids}
+        return {
+            other: _Answer(self.reasons.get((sender_id, other), "ok"), (other, sender_id) in self.contacts)
+            for other in recipient_ids
+        }
 
 
 async def make_conversation(

@@ -39,7 +39,7 @@ from whispr.services.messaging.models import (
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
-from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.pace import Rate, SendingPace
 from whispr.services.messaging.service.sending import Overloaded, Sending
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.store import conversations, history, members
@@ -395,7 +395,9 @@ async def test_busy_conversation_asks_neighbours_ahead_of_need(bench: Bench) -> 
 
 async def test_pace_and_backlog_are_bounded(database: Callable[[str], str], valkey_url: str) -> None:
     clock = ManualClock()
-    pace = Pace(clock, rate=2, burst=3)
+    few, many = Rate(2, 3), Rate(100, 100)
+    cache = Cache(valkey_url)
+    pace = SendingPace(clock, cache, device=few, user=many, member=many, conversation=many)
     async with Bench(database("messaging"), valkey_url, pace=pace, max_backlog=4) as bench:
         conversation_id, one, two = await bench.pair()
         outcomes = await asyncio.gather(*(bench.outcome(one.draft(conversation_id)) for _ in range(4)))
@@ -408,6 +410,7 @@ async def test_pace_and_backlog_are_bounded(database: Callable[[str], str], valk
         bench.devices.changed(two.user_id)
         outcomes = await asyncio.gather(*(bench.outcome(device.draft(conversation_id)) for device in others))
         assert [type(outcome) for outcome in outcomes] == [SendResult] * 4 + [Overloaded] * 2
+    await cache.close()
 
 
 async def test_nodes_writing_to_one_conversation_share_one_order(

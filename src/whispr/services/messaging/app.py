@@ -43,12 +43,13 @@ from whispr.services.messaging.service.media_links import (
 from whispr.services.messaging.service.members import Members
 from whispr.services.messaging.service.opening import Openings
 from whispr.services.messaging.service.outdated import Outdated
-from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.pace import Pace, Rate, SendingPace
 from whispr.services.messaging.service.pins import Pins
 from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import REPORT_SUBMITTED, Reports
+from whispr.services.messaging.service.restrictions import INCIDENT, Restrictions
 from whispr.services.messaging.service.retention import Retention
 from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
@@ -58,6 +59,7 @@ from whispr.services.messaging.service.structure import Structure
 from whispr.services.messaging.service.timers import Timers
 from whispr.services.messaging.service.usage import Usage
 from whispr.services.messaging.service.visibility import Visibility
+from whispr.services.messaging.service.volume import Approaches, Volume
 from whispr.services.messaging.settings import MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
 from whispr.services.notification.client import Event, NotificationClient
@@ -97,7 +99,7 @@ async def build(context: Context) -> Service:
         },
         batch=20,
         ttl=timedelta(hours=settings.outbox_hours),
-        lasting={REPORT_SUBMITTED, MEDIA_LINKED, MEDIA_UNLINKED},
+        lasting={REPORT_SUBMITTED, INCIDENT, MEDIA_LINKED, MEDIA_UNLINKED},
     )
     reports = Reports(
         database, clock, context.limiter, dispatcher.wake, life=timedelta(days=settings.report_days)
@@ -107,7 +109,11 @@ async def build(context: Context) -> Service:
     bus.on_structure(expiry.reconsider)
     longest = timedelta(days=settings.retention_days) if settings.retention_days else None
     retention = Retention(database, clock, bus.publish, bus.suspect, dispatcher.wake, longest=lambda: longest)
-    structure = Structure(database, clock, directory, user, bus, dispatcher.wake)
+    is_limited = context.common.rate_limits == "on"
+    restrictions = Restrictions(database, context.cache, clock, bus)
+    volume = _volume(settings, context, restrictions)
+    approaches = Approaches(restrictions, volume if is_limited else None)
+    structure = Structure(database, clock, directory, user, bus, approaches, dispatcher.wake)
     members = Members(structure, read_receipts, context.limiter)
     conversations = Conversations(structure, members, read_receipts, context.limiter)
     housekeeping = Housekeeping(
@@ -127,7 +133,7 @@ async def build(context: Context) -> Service:
     devices = Devices(auth, clock)
     contact = Contact(user, clock)
     signatures = SignatureChecker(settings.signature_processes)
-    is_limited = context.common.rate_limits == "on"
+    pace = _pace(settings, context)
     sending = Sending(
         sending_database,
         clock,
@@ -138,7 +144,9 @@ async def build(context: Context) -> Service:
         bus.publish,
         bus.suspect,
         on_expiring=expiry.expects,
-        pace=Pace(clock, rate=settings.message_rate, burst=settings.message_burst) if is_limited else None,
+        pace=pace if is_limited else None,
+        restrictions=restrictions,
+        volume=volume if is_limited else None,
     )
     changes = Changes(structure, sending)
     reactions = Reactions(structure, sending)
@@ -169,7 +177,9 @@ async def build(context: Context) -> Service:
         typists,
         whereabouts,
         scheduled,
-        reads=Pace(clock, rate=settings.read_rate, burst=settings.read_burst) if is_limited else None,
+        reads=Pace(clock, rate=settings.read_rate, burst=settings.read_burst, name="reads")
+        if is_limited
+        else None,
     )
     endpoint = channels.build_endpoint(
         identity, desk, bus, clock, max_sockets=settings.max_sockets, max_channels=settings.max_channels
@@ -184,6 +194,7 @@ async def build(context: Context) -> Service:
         read_receipts.start()
         bus.start()
         outdated.start()
+        restrictions.start()
         host, port = split_bind(settings.socket_bind)
         ports["socket"] = await endpoint.listen(host, port, reuse_port=context.common.share_ports)
 
@@ -207,6 +218,8 @@ async def build(context: Context) -> Service:
                 reactions=reactions,
                 pins=pins,
                 reports=reports,
+                restrictions=restrictions,
+                volume=volume,
                 export=Export(database, clock, directory, history, conversations, context.limiter),
                 restrictions=restrictions,
                 volume=volume,
@@ -244,6 +257,9 @@ async def build(context: Context) -> Service:
                 scheduled_life=timedelta(days=settings.scheduled_days),
             ),
             "sending": sending.run,
+            "pace": pace.run,
+            "restrictions": restrictions.run,
+            "volume": volume.run,
             "events": bus.run,
             "typing": typists.run,
             "presence": whereabouts.presence.run,
@@ -260,6 +276,30 @@ async def build(context: Context) -> Service:
             sending.drain,
         ],
         ports=ports,
+    )
+
+
+def _pace(settings: MessagingSettings, context: Context) -> SendingPace:
+    return SendingPace(
+        context.clock,
+        context.cache,
+        device=Rate(settings.message_rate, settings.message_burst),
+        user=Rate(settings.user_rate, settings.user_burst),
+        member=Rate(settings.member_rate, settings.member_burst),
+        conversation=Rate(settings.conversation_rate, settings.conversation_burst),
+    )
+
+
+def _volume(settings: MessagingSettings, context: Context, restrictions: Restrictions) -> Volume:
+    return Volume(
+        context.cache,
+        context.clock,
+        restrictions,
+        messages_per_minute=settings.abnormal_messages_per_minute,
+        messages_per_hour=settings.abnormal_messages_per_hour,
+        approaches_per_minute=settings.abnormal_approaches_per_minute,
+        approaches_per_hour=settings.abnormal_approaches_per_hour,
+        restriction=timedelta(minutes=settings.restriction_minutes),
     )
 
 

@@ -20,6 +20,25 @@ class MessagingSettings(ServiceSettings):
         default=20, gt=0, description="Messages a second from one device, in the long run."
     )
     message_burst: int = Field(default=200, ge=1, description="Messages one device may send at once.")
+    user_rate: float = Field(default=30, gt=0, description="Messages a second from one person.")
+    user_burst: int = Field(default=300, ge=1)
+    member_rate: float = Field(
+        default=20, gt=0, description="Messages a second from one person in one conversation."
+    )
+    member_burst: int = Field(default=200, ge=1)
+    conversation_rate: float = Field(default=200, gt=0, description="Messages a second in one conversation.")
+    conversation_burst: int = Field(default=2_000, ge=1)
+    abnormal_messages_per_minute: int = Field(
+        default=1_500, ge=0, description="Who sends more is restricted for a while; 0: nobody is."
+    )
+    abnormal_messages_per_hour: int = Field(default=15_000, ge=0)
+    abnormal_approaches_per_minute: int = Field(
+        default=60,
+        ge=0,
+        description="Conversations begun with people who do not have the person among their contacts.",
+    )
+    abnormal_approaches_per_hour: int = Field(default=150, ge=0)
+    restriction_minutes: float = Field(default=60, gt=0, description="How long a restriction lasts.")
     read_rate: float = Field(default=20, gt=0, description="Joins and syncs a second of one device.")
     read_burst: int = Field(default=1_000, ge=1, description="Joins and syncs of one device at once.")
     signature_processes: int = Field(

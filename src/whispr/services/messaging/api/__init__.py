@@ -12,6 +12,7 @@ from whispr.services.messaging.api import conversations as conversation_routes
 from whispr.services.messaging.api import export as export_routes
 from whispr.services.messaging.api import messages as message_routes
 from whispr.services.messaging.api import reports as report_routes
+from whispr.services.messaging.api import restrictions as restriction_routes
 from whispr.services.messaging.api import scheduled as scheduled_routes
 from whispr.services.messaging.service.changes import Changes
 from whispr.services.messaging.service.conversations import Conversations
@@ -23,9 +24,11 @@ from whispr.services.messaging.service.pins import Pins
 from whispr.services.messaging.service.reactions import Reactions
 from whispr.services.messaging.service.receipts import Receipts
 from whispr.services.messaging.service.reports import Reports
+from whispr.services.messaging.service.restrictions import Restrictions
 from whispr.services.messaging.service.scheduled import Scheduled
 from whispr.services.messaging.service.sending import Sending
 from whispr.services.messaging.service.status import Status
+from whispr.services.messaging.service.volume import Volume
 
 
 def build_router(
@@ -41,6 +44,8 @@ def build_router(
     reactions: Reactions,
     pins: Pins,
     reports: Reports,
+    restrictions: Restrictions,
+    volume: Volume,
     export: Export,
     restrictions: Restrictions,
     volume: Volume,
@@ -53,6 +58,7 @@ def build_router(
     message_routes.add_routes(router, directory, history, receipts, status, sending, scheduled)
     change_routes.add_routes(router, directory, changes, reactions, pins)
     report_routes.add_routes(router, reports)
+    restriction_routes.add_routes(router, restrictions, volume)
     export_routes.add_routes(router, export)
     restriction_routes.add_routes(router, restrictions, volume)
     scheduled_routes.add_routes(router, scheduled)

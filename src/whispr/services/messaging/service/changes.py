@@ -121,7 +121,7 @@ class Changes:
         The author may always, also where nobody may send. In a group its owner and admins may whose role is above the
         author's, or when the author has left. Raises `NotAMember`, `MessageNotFound`, `NotAllowed`, `RateLimited`.
         """
-        self._sending.count(actor.device_id)
+        self._sending.count(actor.device_id, actor.user_id, conversation_id)
         events = []
         async with self._db.transaction() as tx:
             row, member = await hold(self._structure, tx, conversation_id, actor.user_id)

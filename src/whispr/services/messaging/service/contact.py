@@ -18,6 +18,8 @@ class Contactability(Protocol):
 
     @property
     def reason(self) -> str: ...
+    @property
+    def knows_sender(self) -> bool: ...
 
 
 class ContactSource(Protocol):
@@ -39,6 +41,10 @@ _REFUSALS: Final[dict[str, type[Failure]]] = {
 }
 
 
+_KNOWN: Final = "known"
+"""As `ok`, from somebody who has the sender among their contacts."""
+
+
 class Contact:
     """Relations at hand for the hot path; see `ReadThrough` for how old they may be."""
 
@@ -52,6 +58,10 @@ class Contact:
         if reason is None:
             raise KeyError(recipient_id)
         return _REFUSALS.get(reason)
+
+    def knows(self, recipient_id: UUID, sender_id: UUID) -> bool:
+        """Whether `recipient_id`, who may be written to, has `sender_id` among their contacts. As far as it is at hand."""
+        return self._reasons.peek((sender_id, recipient_id)) == _KNOWN
 
     async def load(self, sender_id: UUID, recipient_ids: Iterable[UUID], *, again: bool = False) -> None:
         """Make what `refusal` answers present; see `ReadThrough.load`."""
@@ -79,5 +89,9 @@ class Contact:
             answers = await self._source.check_contactability(sender_id, recipient_ids, "message")
             for recipient_id in recipient_ids:
                 answer = answers.get(recipient_id)
-                reasons[sender_id, recipient_id] = "unknown" if answer is None else answer.reason
+                reasons[sender_id, recipient_id] = "unknown" if answer is None else _told(answer)
         return reasons
+
+
+def _told(answer: Contactability) -> str:
+    return _KNOWN if answer.reason == "ok" and answer.knows_sender else answer.reason

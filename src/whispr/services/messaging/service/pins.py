@@ -38,7 +38,7 @@ class Pins:
         Raises `NotAMember`, `ConversationClosed`, `NotAllowed`, `Blocked`, `ContactsOnly`, `MessageNotFound`,
         `MessageDeleted`, `TooManyPins`, `RateLimited`, `Unavailable`.
         """
-        self._sending.count(actor.device_id)
+        self._sending.count(actor.device_id, actor.user_id, conversation_id)
         await self._sending.ensure_open(conversation_id, actor.user_id)
         now = self._structure.clock.now()
         async with self._structure.db.transaction() as tx:
@@ -57,7 +57,7 @@ class Pins:
 
         Raises `NotAMember`, `ConversationClosed`, `NotAllowed`, `MessageNotFound`, `RateLimited`, `Unavailable`.
         """
-        self._sending.count(actor.device_id)
+        self._sending.count(actor.device_id, actor.user_id, conversation_id)
         now = self._structure.clock.now()
         async with self._structure.db.transaction() as tx:
             try:

@@ -69,7 +69,7 @@ class Reactions:
         `MessageDeleted`, `TooManyReactions`, `RateLimited`, `Unavailable`.
         """
         check_reaction(reaction)
-        self._sending.count(actor.device_id)
+        self._sending.count(actor.device_id, actor.user_id, conversation_id)
         await self._sending.ensure_open(conversation_id, actor.user_id)
         return await self._ask(conversation_id, _Choice(actor.user_id, message_id, reaction, True))
 
@@ -82,7 +82,7 @@ class Reactions:
         `RateLimited`, `Unavailable`.
         """
         check_reaction(reaction)
-        self._sending.count(actor.device_id)
+        self._sending.count(actor.device_id, actor.user_id, conversation_id)
         return await self._ask(conversation_id, _Choice(actor.user_id, message_id, reaction, False))
 
     async def _ask(self, conversation_id: UUID, choice: _Choice) -> int | None:

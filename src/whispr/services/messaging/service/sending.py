@@ -33,13 +33,16 @@ from whispr.services.messaging.models import (
     NotAMember,
     SendResult,
 )
+from whispr.services.messaging.models.abuse import Restricted
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.content import Parsed, parse
 from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.flusher import Admitted, Flusher, OnDone
-from whispr.services.messaging.service.pace import Pace
+from whispr.services.messaging.service.pace import SendingPace
+from whispr.services.messaging.service.restrictions import Restrictions
 from whispr.services.messaging.service.signatures import SignatureChecker
+from whispr.services.messaging.service.volume import Volume
 from whispr.services.messaging.store import sending as store
 
 log = get_logger(__name__)
@@ -97,7 +100,9 @@ class Sending:
         on_doubt: Callable[[], None],
         *,
         on_expiring: Callable[[MessageHead], None] = lambda head: None,
-        pace: Pace | None = None,
+        pace: SendingPace | None = None,
+        restrictions: Restrictions | None = None,
+        volume: Volume | None = None,
         max_backlog: int = 20_000,
         patience: float = 8.0,
     ) -> None:
@@ -107,6 +112,8 @@ class Sending:
         self._contact = contact
         self._signatures = signatures
         self._pace = pace
+        self._restrictions = restrictions
+        self._volume = volume
         self._max_backlog = max_backlog
         self._flusher = Flusher(
             db, clock, signatures, publish, on_doubt, self._answer_duplicate, on_expiring, patience=patience
@@ -121,15 +128,15 @@ class Sending:
 
         With a `SendResult` after the commit, or with what refused it: `InvalidMessageType`, `InvalidContent`,
         `ContentTooLarge`, `BadSignature`, `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser`,
-        `DevicesMismatch`, `ClientIdConflict`, `SessionRevoked` (the device is none of the sender's), `RateLimited`, or
+        `DevicesMismatch`, `ClientIdConflict`, `SessionRevoked` (the device is none of the sender's), `RateLimited`,
+        `Restricted` (the sender has written too much), or
         `Unavailable` (nothing is known; the same draft may be sent again).
         """
         if self._flusher.backlog + self._queued >= self._max_backlog:
             on_done(Overloaded())
             return
         try:
-            if self._pace is not None:
-                self._pace.count(draft.sender_device_id)
+            self.count(draft.sender_device_id, draft.sender_id, draft.conversation_id)
             parsed = parse(draft)
         except Failure as failure:
             on_done(failure)
@@ -169,8 +176,7 @@ class Sending:
 
         Raises what `submit` answers with.
         """
-        if self._pace is not None:
-            self._pace.count(draft.sender_device_id)
+        self.count(draft.sender_device_id, draft.sender_id, draft.conversation_id)
         parsed = parse(draft)
         signing_key = await self._with_loads(partial(self._judge, parsed))
         (is_genuine,) = await self._signatures.check([(signing_key, parsed.signed, draft.signature)])
@@ -178,15 +184,16 @@ class Sending:
             raise BadSignature
         return parsed
 
-    def count(self, device_id: UUID) -> None:
-        """Count a change of a message against the pace of sending. Raises `RateLimited`."""
+    def count(self, device_id: UUID, user_id: UUID, conversation_id: UUID) -> None:
+        """Count a message, or a change of one, against the pace of sending. Raises `RateLimited`."""
         if self._pace is not None:
-            self._pace.count(device_id)
+            self._pace.count(device_id, user_id, conversation_id)
 
     async def ensure_open(self, conversation_id: UUID, user_id: UUID) -> None:
         """Check that a person may do anything at all in a conversation, whatever their role.
 
-        Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser` or `Unavailable`.
+        Raises `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `UnknownUser`, `Restricted` or
+        `Unavailable`.
         """
         await self._with_loads(lambda _: self._judge_place(conversation_id, user_id))
 
@@ -228,7 +235,24 @@ class Sending:
             raise ConversationClosed
         if conversation.type is ConversationType.DIRECT:
             self._judge_contact(conversation, user_id)
+        if self._restrictions is not None and (refusal := self._restrictions.refusal(user_id)) is not None:
+            self._judge_acquaintance(self._restrictions, conversation, user_id, refusal)
         return conversation
+
+    def _judge_acquaintance(
+        self, restrictions: Restrictions, conversation: Conversation, user_id: UUID, refusal: Restricted
+    ) -> None:
+        """A restricted person may write to who has them among their contacts, and answer who wrote to them."""
+        if conversation.type is not ConversationType.DIRECT:
+            raise refusal
+        if any(self._contact.knows(other, user_id) for other in conversation.members):
+            return
+        try:
+            is_answer = restrictions.may_answer(conversation.id, user_id)
+        except KeyError:
+            raise _Missing(partial(restrictions.load_answer, conversation.id, user_id)) from None
+        if not is_answer:
+            raise refusal
 
     def _judge_contact(self, conversation: Conversation, sender_id: UUID) -> None:
         for other in conversation.members:
@@ -323,6 +347,8 @@ class Sending:
         raise Unavailable(retry_after=1)
 
     def _admit(self, parsed: Parsed, signing_key: bytes, on_done: OnDone) -> None:
+        if self._volume is not None:
+            self._volume.count_message(parsed.draft.sender_id)
         self._flusher.add(Admitted(parsed, signing_key, on_done, time.monotonic()))
 
     def _refuse(self, parsed: Parsed, on_done: OnDone, failure: Failure) -> None:

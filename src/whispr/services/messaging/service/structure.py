@@ -71,6 +71,10 @@ class Verdict(Protocol):
     def reason(self) -> str:
         """Why not: `unknown`, `blocked` or `contacts_only`."""
 
+    @property
+    def knows_sender(self) -> bool:
+        """Whether they have the sender among their contacts."""
+
 
 class Contacts(Protocol):
     """The part of `user` this needs."""
@@ -79,6 +83,13 @@ class Contacts(Protocol):
         self, sender_id: UUID, recipient_ids: Sequence[UUID], purpose: Literal["message", "group"]
     ) -> Mapping[UUID, Verdict]:
         """May `sender_id` write to, or add to a group, each person?"""
+
+
+class Approaches(Protocol):
+    """Who counts how many strangers somebody turns to."""
+
+    def meet(self, user_id: UUID, strangers: int) -> None:
+        """Count it. Raises `Restricted`."""
 
 
 class Bus(Protocol):
@@ -101,6 +112,7 @@ class Structure:
         directory: Directory,
         contacts: Contacts,
         bus: Bus,
+        approaches: Approaches,
         wake_outbox: Callable[[], None],
     ) -> None:
         self.db = db
@@ -108,12 +120,13 @@ class Structure:
         self.directory = directory
         self.bus = bus
         self._contacts = contacts
+        self._approaches = approaches
         self._wake_outbox = wake_outbox
 
     async def ensure_contactable(
         self, sender_id: UUID, user_ids: Collection[UUID], purpose: Literal["message", "group"]
     ) -> None:
-        """Raises `UnknownUser`, `Blocked` or `ContactsOnly`, each with the `user_ids` concerned."""
+        """Raises `UnknownUser`, `Blocked` or `ContactsOnly`, each with the `user_ids` concerned, or `Restricted`."""
         if not user_ids:
             return
         verdicts = await self._contacts.check_contactability(sender_id, list(user_ids), purpose)
@@ -130,6 +143,9 @@ class Structure:
             if reason in refused:
                 raise failure(user_ids=refused[reason])
         assert not refused, f"user refuses for an unheard-of reason: {sorted(refused)}"
+        strangers = sum(not verdict.knows_sender for verdict in verdicts.values())
+        if strangers:
+            self._approaches.meet(sender_id, strangers)
 
     async def lock(
         self, tx: Connection, conversation_id: UUID, user_id: UUID
