@@ -1,7 +1,8 @@
-"""Devices send without pause while processes are killed with -9 at random; afterwards every promise is checked.
+"""Devices do everything people do while processes are killed with -9 at random; afterwards every promise is checked.
 
-Checked for each conversation: every acknowledged message is in the history once, under the `seq` it was acknowledged
-with; `seq` has no holes; and every device, whatever it lived through, was given every event exactly once and in order.
+They send, edit, delete, react, pin, schedule, and add and remove people. Checked for each conversation: whatever was
+acknowledged is in force, once; `seq` has no holes; every device, whatever it lived through, was given every event exactly
+once and in order; and what its events led to is what a fresh fetch brings.
 """
 
 from __future__ import annotations
@@ -14,283 +15,109 @@ import random
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass, field
-from uuid import UUID, uuid4
 
-import httpx
-import msgspec
 import uvloop
-from nacl.signing import SigningKey
 
 from bench.instance import Instance, own_instance
-from bench.load import Person, device_document, gather_bounded, open_conversation, signed_payload
+from bench.member import EVERYTHING
 from bench.report import percentile, publish
-from whispr.client.failures import ApiError, Unreachable
-from whispr.client.feed import Feed, JoinReply, SyncReply
-from whispr.client.models import LogEvent
-from whispr.client.rest import RestClient
-from whispr.client.socket import Channel, Socket
+from bench.rooms import Room, check, settle
+from bench.usage import parts
 
-TARGETS = ("messaging", "postgres", "valkey", "auth")
-GROUP = 10
-SETTLE_SECONDS = 120.0
+TARGETS = ("messaging", "postgres", "valkey", "auth", "user")
+CALM_SECONDS = 15.0
+"""Devices go on until everything runs again, so that what was in flight is acknowledged and not given up."""
 
 
-class Acknowledged(msgspec.Struct):
-    """The reply to a `new_message`."""
+class Killer:
+    """Kills processes at random, until it has killed `most` or the time is up."""
 
-    id: str
-    seq: int
+    def __init__(self, instance: Instance, arguments: argparse.Namespace) -> None:
+        self._instance = instance
+        self._pauses = (arguments.least, arguments.most)
+        self._most = arguments.kills
+        self._deadline = time.monotonic() + arguments.minutes * 60 if not arguments.kills else float("inf")
+        self.kills: Counter[str] = Counter()
 
-
-class Carried(msgspec.Struct):
-    """What is compared of a message."""
-
-    client_id: str
-    sender_device_id: str
-
-
-@dataclass
-class Member:
-    """A device in one conversation: what it sent, what was acknowledged, what it was given."""
-
-    person: Person
-    rest: RestClient
-    conversation: str = ""
-    others: list[str] | None = None
-    acknowledged: dict[str, Acknowledged] = field(default_factory=dict)
-    given: list[tuple[int, str]] = field(default_factory=list)
-    troubles: list[str] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-    socket: Socket | None = None
-    channel: Channel | None = None
-    feed: Feed | None = None
-
-    def connect(self, url: str) -> None:
-        """Connect for good, and follow the conversation from its first event."""
-        self.socket = Socket(url, self.rest)
-        self.feed = Feed(
-            None,
-            0,
-            deliver=self._deliver,
-            fetch=self._fetch,
-            lost=lambda first, last: self.troubles.append(f"told that {first}-{last} are lost"),
-            reset=lambda epoch: self.troubles.append("the log was reset"),
-        )
-        self.channel = self.socket.channel(
-            f"conversation:{self.conversation}",
-            params=self.feed.params,
-            on_join=lambda raw: self._feed().joined(msgspec.json.decode(raw, type=JoinReply)),
-            on_event=self._on_event,
-        )
-        self.socket.start()
-
-    def _feed(self) -> Feed:
-        assert self.feed is not None
-        return self.feed
-
-    def _deliver(self, events: list[LogEvent]) -> None:
-        for event in events:
-            message = msgspec.json.decode(event.payload, type=Carried)
-            self.given.append((event.seq, message.client_id))
-
-    async def _fetch(self, after: int) -> SyncReply:
-        assert self.channel is not None
-        return msgspec.json.decode(await self.channel.push("sync", {"after_seq": after}), type=SyncReply)
-
-    def _on_event(self, event: str, payload: msgspec.Raw) -> None:
-        if event == "new_message":
-            seq = msgspec.json.decode(payload, type=_Numbered).seq
-            self._feed().offer([LogEvent(seq=seq, event=event, payload=payload)])
-
-    async def send_until(self, stop: asyncio.Event, pause: float) -> None:
-        """Send one message after another; each is pushed again until it is acknowledged."""
-        assert self.channel is not None
-        while not stop.is_set():
-            client_id, payload = signed_payload(self.person, self.conversation, self.others)
-            document = msgspec.json.decode(payload)
-            started = time.monotonic()
-            while True:
-                try:
-                    reply = await self.channel.push("new_message", document, timeout=5)
-                    self.acknowledged[client_id] = msgspec.json.decode(reply, type=Acknowledged)
-                    self.latencies.append(time.monotonic() - started)
-                    break
-                except Unreachable:
-                    pass
-                except ApiError as refusal:
-                    if refusal.code not in _PASSING:
-                        self.troubles.append(f"refused: {refusal.code}")
-                        return
-                if stop.is_set():
-                    return
-                await asyncio.sleep(random.uniform(0.05, 0.2))
-            await asyncio.sleep(random.uniform(0, 2 * pause))
+    async def run(self) -> None:
+        """Returns when it is done."""
+        while time.monotonic() < self._deadline and not 0 < self._most <= self.kills.total():
+            await asyncio.sleep(random.uniform(*self._pauses))
+            target = random.choice(TARGETS)
+            # One of the workers, where there are several; run.json has those that are running now.
+            pid = random.choice(parts(self._instance)[target])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self.kills[target] += 1
+            if self.kills.total() % 100 == 0:
+                print(f"{self.kills.total()} kills", flush=True)
 
 
-class _Numbered(msgspec.Struct):
-    seq: int
-
-
-_PASSING = frozenset(
-    {
-        "unavailable",
-        "database_unavailable",
-        "neighbour_unavailable",
-        "overloaded",
-        "sending_unavailable",
-        "cache_unavailable",
-        "identity_unavailable",
-    }
-)
-
-
-async def _register(url: str) -> Member:
-    key = SigningKey.generate()
-    rest = RestClient(url)
-    session = await rest.register(f"c{uuid4().hex[:24]}", "a password of the bench", device_document(key))
-    return Member(Person(str(session.user_id), str(session.device_id), session.access_token, key), rest)
-
-
-async def _settle(instance: Instance, devices: int) -> list[Member]:
-    """Half of the devices in pairs with an envelope each, half in groups with a shared ciphertext."""
-    members = await gather_bounded([lambda: _register(instance.url)] * devices, 4)
-    in_groups = devices // 2 // GROUP * GROUP
-    rooms = [members[start : start + GROUP] for start in range(0, in_groups, GROUP)]
-    rooms += [members[start : start + 2] for start in range(in_groups, devices - 1, 2)]
-    async with httpx.AsyncClient(timeout=60) as http:
-        for room in rooms:
-            people = [member.person for member in room]
-            conversation = await open_conversation(http, instance.url, people[0], people[1:])
-            for member in room:
-                member.conversation = conversation
-                if len(room) == 2:
-                    member.others = [other.person.device_id for other in room if other is not member]
-    return [member for room in rooms for member in room]
-
-
-async def _kill_at_random(
-    instance: Instance, stop: asyncio.Event, pauses: tuple[float, float], kills: Counter[str]
-) -> None:
-    while not stop.is_set():
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), random.uniform(*pauses))
-            return
-        target = random.choice(TARGETS)
-        run = instance.run
-        part = run[target] if target in run else run["services"][target]
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(part["pid"], signal.SIGKILL)
-            kills[target] += 1
-
-
-async def _all_given(room: list[Member], size: int) -> None:
-    deadline = time.monotonic() + SETTLE_SECONDS
-    while any(len(member.given) < size for member in room) and time.monotonic() < deadline:
-        await asyncio.sleep(0.2)
-
-
-async def _history(member: Member) -> list[tuple[int, str]]:
-    found: list[tuple[int, str]] = []
-    while True:
-        page = await member.rest.messages(
-            UUID(member.conversation), after_seq=found[-1][0] if found else 0, limit=100
-        )
-        found += [(message.seq, str(message.client_id)) for message in page.items]
-        if not page.items:
-            return found
-
-
-def _check_room(room: list[Member], history: list[tuple[int, str]]) -> list[str]:
-    wrong: list[str] = []
-    seqs = [seq for seq, _ in history]
-    if seqs != list(range(1, len(seqs) + 1)):
-        wrong.append("history has holes or repeats a seq")
-    by_client_id = {client_id: seq for seq, client_id in history}
-    if len(by_client_id) != len(history):
-        wrong.append("history holds a message twice")
-    for member in room:
-        name = member.person.device_id[-6:]
-        lost = [
-            client_id
-            for client_id, answer in member.acknowledged.items()
-            if by_client_id.get(client_id) != answer.seq
-        ]
-        if lost:
-            wrong.append(f"{name}: {len(lost)} acknowledged messages are missing or have another seq")
-        if member.given != history:
-            wrong.append(f"{name}: was given {len(member.given)} of {len(history)} events, or not in order")
-        wrong += [f"{name}: {trouble}" for trouble in member.troubles]
-    return wrong
+async def _live_through(rooms: list[Room], url: str, arguments: argparse.Namespace, killer: Killer) -> None:
+    members = [member for room in rooms for member in room]
+    for member in members:
+        member.connect(url)
+    stop = asyncio.Event()
+    acting = [asyncio.create_task(member.act_until(stop, arguments.pause, EVERYTHING)) for member in members]
+    await killer.run()
+    await asyncio.sleep(CALM_SECONDS)
+    stop.set()
+    await asyncio.wait_for(asyncio.gather(*acting), 60)
+    # The last scheduled messages have yet to come due.
+    await asyncio.sleep(CALM_SECONDS)
 
 
 async def _measure(arguments: argparse.Namespace) -> int:
-    kills: Counter[str] = Counter()
-    with own_instance() as instance:
-        members = await _settle(instance, arguments.devices)
-        url = instance.socket_url(direct=arguments.direct)
-        for member in members:
-            member.connect(url)
-        stop_sending, stop_killing = asyncio.Event(), asyncio.Event()
-        senders = [
-            asyncio.create_task(member.send_until(stop_sending, arguments.pause)) for member in members
-        ]
-        killer = asyncio.create_task(
-            _kill_at_random(instance, stop_killing, (arguments.least, arguments.most), kills)
-        )
-        await asyncio.sleep(arguments.minutes * 60)
-        stop_killing.set()
-        await killer
-        # Senders go on until everything runs again, so that what was in flight is acknowledged and not given up.
-        await asyncio.sleep(15)
-        stop_sending.set()
-        await asyncio.wait_for(asyncio.gather(*senders), 60)
-        rooms: dict[str, list[Member]] = {}
-        for member in members:
-            rooms.setdefault(member.conversation, []).append(member)
-        wrong: list[str] = []
-        stored = 0
-        for room in rooms.values():
-            history = await _history(room[0])
-            stored += len(history)
-            await _all_given(room, len(history))
-            wrong += _check_room(room, history)
+    with own_instance(WHISPR_MESSAGING_WORKERS=str(arguments.workers)) as instance:
+        rooms = await settle(instance.url, arguments.devices)
+        members = [member for room in rooms for member in room]
+        killer = Killer(instance, arguments)
+        began = time.monotonic()
+        await _live_through(rooms, instance.socket_url(direct=arguments.direct), arguments, killer)
+        minutes = (time.monotonic() - began) / 60
+        wrong, stored = await check(instance.url, rooms)
         instance.keep_logs = bool(wrong)
-        latencies = sorted(second * 1000 for member in members for second in member.latencies)
         for member in members:
-            assert member.socket is not None
-            await member.socket.stop()
-            await member.rest.close()
-    acknowledged = sum(len(member.acknowledged) for member in members)
+            await member.close()
+    latencies = sorted(second * 1000 for member in members for second in member.latencies)
+    done = sum((member.done for member in members), Counter[str]())
+    refused = sum((member.refused for member in members), Counter[str]())
     publish(
         "chaos",
-        f"{len(members)} devices in {len(rooms)} conversations, {arguments.minutes:g} min, a kill -9 every "
-        f"{arguments.least:g}-{arguments.most:g} s; {'past' if arguments.direct else 'through'} the gateway",
+        f"{len(members)} devices in {len(rooms)} conversations, {minutes:.1f} min, a kill -9 every "
+        f"{arguments.least:g}-{arguments.most:g} s, {arguments.workers} messaging processes; "
+        f"{'past' if arguments.direct else 'through'} the gateway",
         [
             {
-                "kills": sum(kills.values()),
-                **{f"of {target}": kills[target] for target in TARGETS},
-                "acknowledged": acknowledged,
-                "stored": stored,
-                "given to devices": sum(len(member.given) for member in members),
+                "kills": killer.kills.total(),
+                **{f"of {target}": killer.kills[target] for target in TARGETS},
+                "acknowledged": done.total(),
+                **{f"{name} done": done[name] for name in EVERYTHING},
+                "overtaken": refused.total(),
+                "events stored": stored,
+                "events given to devices": sum(len(member.given) for member in members),
                 "ack P50 ms": percentile(latencies, 0.5),
+                "ack P99 ms": percentile(latencies, 0.99),
                 "ack max s": percentile(latencies, 1) / 1000,
                 "wrong": len(wrong),
             }
         ],
         wrong=wrong[:50],
+        refused=dict(refused),
     )
     for line in wrong[:50]:
         print("WRONG", line)
-    return 1 if wrong or not acknowledged else 0
+    return 1 if wrong or not done["send"] else 0
 
 
 def main(argv: list[str]) -> int:
-    """`whispr bench chaos [--minutes M] [--devices N]`; exit status 1 when a promise was broken."""
+    """`whispr bench chaos [--minutes M | --kills N] [--devices N] [--workers W]`; status 1 when a promise was broken."""
     parser = argparse.ArgumentParser(prog="whispr bench chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--kills", type=int, default=0, help="go on until so many, whatever --minutes says")
     parser.add_argument("--devices", type=int, default=50)
-    parser.add_argument("--pause", type=float, default=0.2, help="mean seconds between a device's messages")
+    parser.add_argument("--workers", type=int, default=1, help="messaging processes")
+    parser.add_argument("--pause", type=float, default=0.2, help="mean seconds between a device's doings")
     parser.add_argument("--least", type=float, default=2, help="least seconds between kills")
     parser.add_argument("--most", type=float, default=8, help="most seconds between kills")
     parser.add_argument("--direct", action="store_true", help="sockets past the gateway")
