@@ -233,11 +233,19 @@ class RateLimiter:
         self._enabled = enabled
         self._script = cache.client.register_script(_GCRA)
         self._local: OrderedDict[str, float] = OrderedDict()
+        self._adjustments: dict[str, Callable[[int], int]] = {}
+
+    def adjust(self, name: str, limit: Callable[[int], int]) -> None:
+        """For the limit `name` take `limit(usual)`, asked at every request, instead of the usual one."""
+        self._adjustments[name] = limit
 
     async def check(self, name: str, key: str, limit: int, period: float) -> None:
         """Count one request of `key` against the limit `name`. Raises `RateLimited` with the seconds to wait."""
         if not self._enabled:
             return
+        adjust = self._adjustments.get(name)
+        if adjust is not None:
+            limit = adjust(limit)
         interval = period / limit
         full_key = f"ratelimit:{name}:{key}"
         try:

@@ -60,7 +60,7 @@ from whispr.services.messaging.service.timers import Timers
 from whispr.services.messaging.service.usage import Usage
 from whispr.services.messaging.service.visibility import Visibility
 from whispr.services.messaging.service.volume import Approaches, Volume
-from whispr.services.messaging.settings import MessagingSettings
+from whispr.services.messaging.settings import MessagingLive, MessagingSettings
 from whispr.services.messaging.store.sending import PLANNER
 from whispr.services.notification.client import Event, NotificationClient
 from whispr.services.scheduling.client import SchedulingClient
@@ -70,6 +70,7 @@ from whispr.services.user.client import UserClient
 async def build(context: Context) -> Service:
     """messaging; it cannot do without `auth` (devices, keys) and `user` (who may write to whom)."""
     settings = load(MessagingSettings)
+    context.live.declare(MessagingLive)
     database = context.database(settings.database_url)
     clock = context.clock
     auth = AuthClient(context.neighbour("auth"))
@@ -88,7 +89,14 @@ async def build(context: Context) -> Service:
     receipts = Receipts(database, clock)
     bus = EventBus(context.cache, history)
     bus.on_structure(directory.invalidate)
-    whereabouts = channels.Whereabouts(context.cache, clock, Visibility(user, clock), LastSeen(context.cache))
+    whereabouts = channels.Whereabouts(
+        context.cache,
+        clock,
+        Visibility(user, clock),
+        LastSeen(context.cache),
+        context.live,
+        context.pressure,
+    )
     dispatcher = Dispatcher(
         database,
         clock,
@@ -107,8 +115,14 @@ async def build(context: Context) -> Service:
     expiry = Expiry(database, clock, bus.publish, bus.suspect, dispatcher.wake)
     receipts.on_moved(expiry.readers_moved)
     bus.on_structure(expiry.reconsider)
-    longest = timedelta(days=settings.retention_days) if settings.retention_days else None
-    retention = Retention(database, clock, bus.publish, bus.suspect, dispatcher.wake, longest=lambda: longest)
+    retention = Retention(
+        database,
+        clock,
+        bus.publish,
+        bus.suspect,
+        dispatcher.wake,
+        longest=lambda: _days(context.live.value("retention_days", settings.retention_days)),
+    )
     is_limited = context.common.rate_limits == "on"
     restrictions = Restrictions(database, context.cache, clock, bus)
     volume = _volume(settings, context, restrictions)
@@ -149,7 +163,7 @@ async def build(context: Context) -> Service:
         volume=volume if is_limited else None,
     )
     changes = Changes(structure, sending)
-    reactions = Reactions(structure, sending)
+    reactions = Reactions(structure, sending, ensure_on=lambda: context.live.require("reactions"))
     pins = Pins(structure, sending)
     # Where scheduling does not run nobody calls for them, and nobody is waited for.
     grace = settings.scheduled_grace_seconds if context.common.scheduling_address else 0
@@ -159,10 +173,22 @@ async def build(context: Context) -> Service:
         firing.wake()
         dispatcher.wake()
 
-    scheduled = Scheduled(database, clock, sending, context.limiter, scheduled_changed)
+    scheduled = Scheduled(
+        database,
+        clock,
+        sending,
+        context.limiter,
+        scheduled_changed,
+        ensure_on=lambda: context.live.require("scheduled_messages"),
+    )
     rooms = channels.Rooms(bus)
-    typists = channels.Typists(rooms, bus, directory, contact, clock)
-    channels.ReceiptTeller(receipts, rooms, bus, directory, contact, read_receipts)
+    typists = channels.Typists(rooms, bus, directory, contact, clock, context.live, context.pressure)
+    channels.ReceiptTeller(
+        receipts, rooms, bus, directory, contact, read_receipts, context.live, context.pressure
+    )
+    reads = Pace(clock, rate=settings.read_rate, burst=settings.read_burst, name="reads")
+    _follow_live(context, settings, pace, reads)
+    context.pressure.watch(sending.waiting_seconds)
     desk = channels.Desk(
         clock,
         rooms,
@@ -177,9 +203,7 @@ async def build(context: Context) -> Service:
         typists,
         whereabouts,
         scheduled,
-        reads=Pace(clock, rate=settings.read_rate, burst=settings.read_burst, name="reads")
-        if is_limited
-        else None,
+        reads=reads if is_limited else None,
     )
     endpoint = channels.build_endpoint(
         identity, desk, bus, clock, max_sockets=settings.max_sockets, max_channels=settings.max_channels
@@ -277,6 +301,27 @@ async def build(context: Context) -> Service:
         ],
         ports=ports,
     )
+
+
+def _follow_live(context: Context, settings: MessagingSettings, pace: SendingPace, reads: Pace) -> None:
+    """Let limits follow the live settings."""
+    live = context.live
+
+    def take() -> None:
+        rate = live.value("message_rate", settings.message_rate)
+        burst = live.value("message_burst", settings.message_burst)
+        pace.device.change(rate, burst)
+        reads.change(
+            live.value("read_rate", settings.read_rate), live.value("read_burst", settings.read_burst)
+        )
+
+    live.on_change(take)
+    context.limiter.adjust("conversations", lambda usual: live.value("conversations_per_hour", usual))
+    context.limiter.adjust("memberships", lambda usual: live.value("additions_per_hour", usual))
+
+
+def _days(days: int) -> timedelta | None:
+    return timedelta(days=days) if days else None
 
 
 def _pace(settings: MessagingSettings, context: Context) -> SendingPace:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import SettingsConfigDict
 
+from whispr.kit.live import LiveSettings
 from whispr.kit.settings import ServiceSettings, split_bind
+
+
+class MessagingLive(LiveSettings):
+    """What may change while messaging runs."""
+
+    typing: bool = True
+    presence: bool = True
+    receipts: bool = True
+    reactions: bool = True
+    scheduled_messages: bool = True
+    message_rate: PositiveFloat | None = None
+    message_burst: PositiveInt | None = None
+    read_rate: PositiveFloat | None = None
+    read_burst: PositiveInt | None = None
+    conversations_per_hour: PositiveInt | None = None
+    additions_per_hour: PositiveInt | None = None
+    retention_days: NonNegativeInt | None = None
 
 
 class MessagingSettings(ServiceSettings):

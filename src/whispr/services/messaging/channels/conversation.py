@@ -186,6 +186,7 @@ class ConversationChannel(RoomChannel):
         return None
 
     def _typing(self, payload: msgspec.Raw, reply: Reply) -> Work:
+        self._desk.typists.ensure_on()
         state = payloads.decode_typing(payload).state
         reply.ok()
         if state == "stop":

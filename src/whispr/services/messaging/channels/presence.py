@@ -11,6 +11,8 @@ from whispr.kit.cache import Cache
 from whispr.kit.channels import Channel, Presence
 from whispr.kit.clock import Clock
 from whispr.kit.identity import Caller
+from whispr.kit.live import Live
+from whispr.kit.pressure import Pressure
 from whispr.services.messaging.service.last_seen import LastSeen
 from whispr.services.messaging.service.opening import SMALL_GROUP
 from whispr.services.messaging.service.visibility import View, Visibility
@@ -35,18 +37,35 @@ class Whereabouts:
     """Presence of people (topic `user:ID`) and of open conversations (topic `conversation:ID`).
 
     A viewer's `presence_state` is pushed anew when relations or privacy change. `run()` is the supervised loop that makes
-    good what a lost hint would have changed.
+    good what a lost hint would have changed. Switched off, nobody is told of anyone: who is there is
+    still kept, because it decides whom to notify.
     """
 
-    def __init__(self, cache: Cache, clock: Clock, visibility: Visibility, last_seen: LastSeen) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        clock: Clock,
+        visibility: Visibility,
+        last_seen: LastSeen,
+        live: Live,
+        pressure: Pressure,
+    ) -> None:
         self.presence = Presence(
-            cache, clock, cap=SMALL_GROUP, visible=self._may_see, on_offline=self._went_offline
+            cache,
+            clock,
+            cap=SMALL_GROUP,
+            visible=self._may_see,
+            on_offline=self._went_offline,
+            pressure=pressure,
         )
+        self._live = live
+        self._is_shown = live.flag("presence")
         self._visibility = visibility
         self._last_seen = last_seen
         self._watches: dict[Channel, Watch] = {}
         self._by_viewer: dict[UUID, set[Watch]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        live.on_change(self._switch)
 
     def enter(self, channel: Channel, topic: str, meta: dict[str, Any]) -> None:
         """The channel's person is present on `topic` while the channel lives."""
@@ -130,7 +149,26 @@ class Whereabouts:
         finally:
             watch.is_reviewed = False
 
+    def _switch(self) -> None:
+        """Follow the feature being switched on or off."""
+        if self._live.flag("presence") == self._is_shown:
+            return
+        self._is_shown = not self._is_shown
+        if self._is_shown:
+            self._hold(self._show_all())
+            return
+        for channel in self._watches:
+            self.presence.unfollow(channel)
+            channel.push("presence_state", {})
+
+    async def _show_all(self) -> None:
+        for watch in tuple(self._watches.values()):
+            if self._watches.get(watch.channel) is watch:
+                await self._show(watch)
+
     async def _show(self, watch: Watch) -> None:
+        if not self._is_shown:
+            return
         view = watch.view
         topics = watch.topics or [f"user:{user_id}" for user_id in sorted(view.online)]
         await self.presence.follow(watch.channel, topics)

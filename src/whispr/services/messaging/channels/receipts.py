@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from collections.abc import Coroutine
+from typing import Any, Final
 from uuid import UUID
 
 import msgspec
 
 from whispr.kit.errors import Failure
+from whispr.kit.live import Live
+from whispr.kit.pressure import Pressure
 from whispr.kit.telemetry import get_logger
 from whispr.services.messaging.channels.rooms import Rooms
 from whispr.services.messaging.models import Watermark
@@ -22,6 +25,10 @@ from whispr.services.messaging.service.receipts import Receipts
 log = get_logger(__name__)
 
 _HINT: Final = "receipt"
+
+_MAX_LATER: Final = 50_000
+_LATER_AT_ONCE: Final = 200
+_LATER_PAUSE: Final = 0.05
 
 
 class _Told(msgspec.Struct, array_like=True):
@@ -43,6 +50,8 @@ class ReceiptTeller:
     """Told by `Receipts` after each commit; tells this node's channels and the other nodes.
 
     In larger groups only the person's own devices are told: everybody telling everybody would outweigh the messages.
+    Under pressure nobody is; how far people have got by then is told when it is over. Where receipts are switched off the
+    others are told nothing.
     """
 
     def __init__(
@@ -53,7 +62,13 @@ class ReceiptTeller:
         directory: Directory,
         contact: Contact,
         read_receipts: ReadReceipts,
+        live: Live,
+        pressure: Pressure,
     ) -> None:
+        self._live = live
+        self._pressure = pressure
+        self._later: dict[tuple[UUID, UUID], Watermark] = {}
+        pressure.on_calm(lambda: self._hold(self._tell_later()))
         self._rooms = rooms
         self._bus = bus
         self._directory = directory
@@ -64,11 +79,40 @@ class ReceiptTeller:
         bus.on_hint(self._hear)
 
     def _moved(self, watermarks: list[Watermark]) -> None:
+        if self._pressure.shed("receipts", len(watermarks)):
+            self._put_off(watermarks)
+        else:
+            self._tell_now(watermarks)
+
+    def _put_off(self, watermarks: list[Watermark]) -> None:
+        for mark in watermarks:
+            key = mark.conversation_id, mark.user_id
+            earlier = self._later.get(key)
+            if earlier is not None:
+                self._later[key] = msgspec.structs.replace(
+                    mark,
+                    previous_delivered_seq=earlier.previous_delivered_seq,
+                    previous_read_seq=earlier.previous_read_seq,
+                )
+            elif len(self._later) < _MAX_LATER:
+                self._later[key] = mark
+            # Else it is stored, and shows on the next look.
+
+    async def _tell_later(self) -> None:
+        while self._later and not self._pressure.high:
+            keys = list(self._later)[:_LATER_AT_ONCE]
+            self._tell_now([self._later.pop(key) for key in keys])
+            await asyncio.sleep(_LATER_PAUSE)
+
+    def _tell_now(self, watermarks: list[Watermark]) -> None:
         for mark in watermarks:
             if mark.read_seq > mark.previous_read_seq:
                 payload = {"conversation_id": mark.conversation_id, "read_seq": mark.read_seq}
                 self._bus.notice([mark.user_id], "read_synced", payload)
-        task = asyncio.get_running_loop().create_task(self._tell_all(watermarks))
+        self._hold(self._tell_all(watermarks))
+
+    def _hold(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -82,6 +126,8 @@ class ReceiptTeller:
     async def _render(self, mark: Watermark, *, hides_reading: bool) -> _Told:
         full = msgspec.json.encode(_Payload(mark.user_id, mark.delivered_seq, mark.read_seq))
         shown = full
+        if not self._live.flag("receipts"):
+            return _Told(mark.user_id, full, None, [])
         if hides_reading:
             if mark.delivered_seq == mark.previous_delivered_seq:
                 return _Told(mark.user_id, full, None, [])

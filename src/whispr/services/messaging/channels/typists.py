@@ -10,6 +10,8 @@ import msgspec
 
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure
+from whispr.kit.live import Live
+from whispr.kit.pressure import Pressure
 from whispr.kit.telemetry import get_logger
 from whispr.services.messaging.channels.rooms import Rooms
 from whispr.services.messaging.service.contact import Contact
@@ -42,11 +44,23 @@ class _Typist:
 
 
 class Typists:
-    """Tells members of small groups who is typing, except people who are kept apart. `run()` is its supervised loop."""
+    """Tells members of small groups who is typing, except people who are kept apart. `run()` is its supervised loop.
+
+    Under pressure nobody is told that someone begins.
+    """
 
     def __init__(
-        self, rooms: Rooms, bus: EventBus, directory: Directory, contact: Contact, clock: Clock
+        self,
+        rooms: Rooms,
+        bus: EventBus,
+        directory: Directory,
+        contact: Contact,
+        clock: Clock,
+        live: Live,
+        pressure: Pressure,
     ) -> None:
+        self._live = live
+        self._pressure = pressure
         self._rooms = rooms
         self._bus = bus
         self._directory = directory
@@ -55,8 +69,14 @@ class Typists:
         self._typing: dict[tuple[UUID, UUID], _Typist] = {}
         bus.on_hint(self._hear)
 
+    def ensure_on(self) -> None:
+        """Raises `FeatureOff`."""
+        self._live.require("typing")
+
     async def start(self, conversation_id: UUID, user_id: UUID) -> None:
         """The person types."""
+        if self._pressure.shed("typing"):
+            return
         known = self._typing.get((conversation_id, user_id))
         if known is not None and self._clock.time() - known.told_at < _REPEAT_SECONDS:
             return
@@ -96,6 +116,8 @@ class Typists:
     def _hear(self, conversation_id: UUID, kind: str, body: bytes) -> None:
         if kind == _HINT:
             hint = _decode(body)
+            if hint.starts and self._pressure.shed("typing"):
+                return
             self._tell(conversation_id, hint.user_id, frozenset(hint.apart), starts=hint.starts)
 
     def _tell(self, conversation_id: UUID, user_id: UUID, apart: frozenset[UUID], *, starts: bool) -> None:

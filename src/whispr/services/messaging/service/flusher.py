@@ -175,6 +175,11 @@ class Flusher:
         """Messages accepted and not answered yet."""
         return self._in_flight
 
+    def waiting_seconds(self) -> float:
+        """How long the oldest message that waits for its turn has waited."""
+        oldest = [queue[0].submitted_at for queue in (self._arrived, self._verified) if queue]
+        return time.monotonic() - min(oldest) if oldest else 0.0
+
     def add(self, admitted: Admitted) -> None:
         """Store it with the next batch, and call its `on_done` when that is decided."""
         self._in_flight += 1

@@ -42,12 +42,17 @@ class Limit:
         self._name = name
         self._uses: dict[int, _Use] = {}
         self._busy: dict[int, _Use] = {}
+        self._interval = self._slack = 0.0
         self.change(rate, burst)
 
     def change(self, rate: float, burst: int) -> None:
-        """From now on."""
-        self._interval = 1 / rate
-        self._slack = burst / rate
+        """From now on, and for everybody anew: what was used up under a limit set too low would outlast it."""
+        interval, slack = 1 / rate, burst / rate
+        if (interval, slack) == (self._interval, self._slack):
+            return
+        self._interval, self._slack = interval, slack
+        self._uses.clear()
+        self._busy.clear()
         # Nobody needs to hear of a person who would have to be on eight nodes to be too fast.
         self._worth_telling = max(1, int(min(rate * SHARE_SECONDS, burst) / 8))
 

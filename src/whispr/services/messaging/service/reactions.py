@@ -6,7 +6,7 @@ way, what arrives for the same conversation gathers, and the next one takes all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any, Final
@@ -57,7 +57,10 @@ Lane = Batcher[_Choice, int | None | Failure]
 class Reactions:
     """Adds and removes, each one event; what is so already needs none."""
 
-    def __init__(self, structure: Structure, sending: Sending) -> None:
+    def __init__(
+        self, structure: Structure, sending: Sending, *, ensure_on: Callable[[], None] = lambda: None
+    ) -> None:
+        self._ensure_on = ensure_on
         self._structure = structure
         self._sending = sending
         self._lanes: dict[UUID, tuple[Lane, int]] = {}
@@ -66,8 +69,9 @@ class Reactions:
         """React to a message; the event's `seq` if there had to be one.
 
         Raises `InvalidReaction`, `NotAMember`, `ConversationClosed`, `Blocked`, `ContactsOnly`, `MessageNotFound`,
-        `MessageDeleted`, `TooManyReactions`, `RateLimited`, `Unavailable`.
+        `MessageDeleted`, `TooManyReactions`, `RateLimited`, `Unavailable`, `FeatureOff`.
         """
+        self._ensure_on()
         check_reaction(reaction)
         self._sending.count(actor.device_id, actor.user_id, conversation_id)
         await self._sending.ensure_open(conversation_id, actor.user_id)

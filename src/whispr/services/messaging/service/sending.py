@@ -197,6 +197,10 @@ class Sending:
         """
         await self._with_loads(lambda _: self._judge_place(conversation_id, user_id))
 
+    def waiting_seconds(self) -> float:
+        """How long the oldest message that waits for its turn has waited."""
+        return self._flusher.waiting_seconds()
+
     async def drain(self) -> None:
         """Wait until everything submitted is answered."""
         while self._tasks:
