@@ -44,8 +44,6 @@ def build_router(
     reactions: Reactions,
     pins: Pins,
     reports: Reports,
-    restrictions: Restrictions,
-    volume: Volume,
     export: Export,
     restrictions: Restrictions,
     volume: Volume,
@@ -58,7 +56,6 @@ def build_router(
     message_routes.add_routes(router, directory, history, receipts, status, sending, scheduled)
     change_routes.add_routes(router, directory, changes, reactions, pins)
     report_routes.add_routes(router, reports)
-    restriction_routes.add_routes(router, restrictions, volume)
     export_routes.add_routes(router, export)
     restriction_routes.add_routes(router, restrictions, volume)
     scheduled_routes.add_routes(router, scheduled)
