@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from tests.services.auth.authenticator import set_up
 from tests.services.auth.house import (
     ORIGIN,
     AuthHouse,
@@ -177,6 +178,30 @@ async def test_every_step_may_be_repeated(house: AuthHouse) -> None:
     assert code(await newcomer.claim()) == (409, "link_used")
     house.clock.advance(61)
     assert code(await newcomer.finish()) == (409, "link_used")
+
+
+async def test_beginning_may_be_repeated(house: AuthHouse) -> None:
+    person = await house.register()
+    app, _ = await set_up(house, person)
+    headers = {"Idempotency-Key": uuid4().hex}
+    body = {"password": PASSWORD, "totp_code": app.code(house.clock.time())}
+
+    async def ask(**changes: Any) -> httpx.Response:
+        return await house.call("POST", "/devices/link", person, {**body, **changes}, headers=headers)
+
+    first = await ask()
+    house.clock.advance(10)
+    again = await ask()
+    assert (first.status_code, again.status_code) == (201, 201)
+    assert again.json() == {**first.json(), "expires_in": 50}
+    assert code(await ask(password=PASSWORD + "x")) == (403, "wrong_password")
+    assert code(await ask(totp_code=app.wrong(house.clock.time()))) == (403, "bad_totp_code")
+    newcomer = Newcomer(house, first.json()["token"])
+    assert (await newcomer.claim()).status_code == 202
+    assert code(await ask()) == (403, "bad_totp_code"), "what was claimed is given to nobody again"
+    house.clock.advance(60)
+    fresh = await ask(totp_code=app.code(house.clock.time()))
+    assert fresh.json()["token"] != first.json()["token"]
 
 
 async def test_beginning_needs_the_password(house: AuthHouse) -> None:

@@ -97,6 +97,21 @@ async def test_beginning_again_replaces_the_secret_until_it_is_on(house: AuthHou
     assert code(again) == (409, "totp_enabled")
 
 
+async def test_a_lost_beginning_may_be_repeated(house: AuthHouse) -> None:
+    person, other = await house.register(), await house.register()
+    headers = {"Idempotency-Key": uuid4().hex}
+
+    async def begin(who: Person, headers: dict[str, str]) -> str:
+        answer = await house.call("POST", "/auth/totp", who, {"password": PASSWORD}, headers=headers)
+        return str(answer.json()["secret"])
+
+    secret = await begin(person, headers)
+    assert await begin(person, headers) == secret
+    assert await begin(other, headers) != secret
+    assert await begin(person, {"Idempotency-Key": uuid4().hex}) != secret
+    assert await begin(person, headers) != secret, "it is forgotten by now"
+
+
 async def test_a_lost_confirmation_may_be_repeated(house: AuthHouse) -> None:
     person = await house.register()
     begun = await house.call("POST", "/auth/totp", person, {"password": PASSWORD})

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from whispr.kit.http import Body, CallerDep, Problem, client_ip, new_router
+from whispr.kit.http import Body, CallerDep, IdempotencyKey, Problem, client_ip, new_router
 from whispr.services.auth.api.accounts import SessionTokens, session_tokens
 from whispr.services.auth.api.forms import DeviceForm, Key32, Signature, StepUpForm
 from whispr.services.auth.models import Link, LinkStatus, Origin, Platform, Tokens
@@ -91,9 +91,9 @@ def link_router(auth: Auth) -> APIRouter:
     router = new_router(tags=["linking"])
 
     @router.post("/api/v1/devices/link", status_code=201, responses={**OWNED, 403: PROBLEM, 409: PROBLEM})
-    async def begin_link(form: StepUpForm, caller: CallerDep) -> BegunLink:
+    async def begin_link(form: StepUpForm, caller: CallerDep, key: IdempotencyKey = None) -> BegunLink:
         """Begin to link a new device. Ends a link of this device that is under way."""
-        begun = await auth.links.begin(caller, form.password, form.codes())
+        begun = await auth.links.begin(caller, form.password, form.codes(), key)
         return BegunLink(link_id=begun.id, token=begun.token, expires_in=begun.expires_in)
 
     @router.post("/api/v1/devices/link/claim", status_code=202, responses=BY_TOKEN)

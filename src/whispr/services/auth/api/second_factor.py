@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
-from whispr.kit.http import CallerDep, Problem, new_router
+from whispr.kit.http import CallerDep, IdempotencyKey, Problem, new_router
 from whispr.services.auth.api.forms import TotpConfirmationForm, TotpForm, TotpRemovalForm
 from whispr.services.auth.service import Auth
 
@@ -38,9 +38,9 @@ def second_factor_router(auth: Auth) -> APIRouter:
     router = new_router(tags=["second factor"])
 
     @router.post("/api/v1/auth/totp", status_code=201, responses={**PROVEN, 409: {"model": Problem}})
-    async def begin_totp(form: TotpForm, caller: CallerDep) -> TotpSecret:
+    async def begin_totp(form: TotpForm, caller: CallerDep, key: IdempotencyKey = None) -> TotpSecret:
         """Make a secret for an authenticator (RFC 6238: SHA-1, 30 seconds, 6 digits). In force when confirmed."""
-        made = await auth.second_factor.begin(caller, form.password)
+        made = await auth.second_factor.begin(caller, form.password, key)
         return TotpSecret(secret=made.secret, otpauth_uri=made.uri)
 
     @router.post("/api/v1/auth/totp/confirm", responses={**PROVEN, 409: {"model": Problem}})

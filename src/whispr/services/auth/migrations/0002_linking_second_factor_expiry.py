@@ -22,6 +22,9 @@ def upgrade() -> None:
             by_device_id uuid NOT NULL,
             by_session_id uuid NOT NULL,
             token_digest bytea NOT NULL UNIQUE,
+            -- For a repeat with the same Idempotency-Key, which alone opens the token.
+            request_digest bytea,
+            token_sealed bytea,
             status text NOT NULL CHECK (
                 status IN ('waiting', 'claimed', 'confirmed', 'finished', 'expired', 'refused')
             ),
@@ -35,6 +38,7 @@ def upgrade() -> None:
             device_id uuid,
             session_id uuid,
             CHECK (status NOT IN ('claimed', 'confirmed') OR (device IS NOT NULL AND check_code IS NOT NULL)),
+            CHECK ((request_digest IS NULL) = (token_sealed IS NULL)),
             CHECK ((status = 'finished') = (device_id IS NOT NULL AND session_id IS NOT NULL))
         );
         CREATE INDEX device_links_by_account ON device_links (account_id, id);
@@ -53,7 +57,9 @@ def upgrade() -> None:
             -- The time step of the newest code that was accepted: neither it nor an older one is good again.
             last_step bigint NOT NULL DEFAULT 0,
             failures integer NOT NULL DEFAULT 0,
-            locked_until timestamptz
+            locked_until timestamptz,
+            -- Of the request that made the secret, for its repeats.
+            request_digest bytea
         );
         CREATE INDEX second_factors_by_data_key ON second_factors (data_key_id);
 

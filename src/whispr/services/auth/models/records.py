@@ -245,6 +245,7 @@ class SecondFactorRecord:
     last_step: int
     failures: int
     locked_until: datetime | None
+    request_digest: bytes | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
+import msgspec
 from nacl.exceptions import BadSignatureError
 from nacl.signing import VerifyKey
 
@@ -46,6 +47,7 @@ from whispr.services.auth.service.limits import Limits
 from whispr.services.auth.service.prekeys import check_device
 from whispr.services.auth.service.second_factor import SecondFactor
 from whispr.services.auth.service.sessions import Sessions
+from whispr.services.auth.service.vault import open_under, seal_under
 from whispr.services.auth.settings import AuthSettings
 
 MAX_WRONG_CONFIRMS = 3
@@ -85,40 +87,66 @@ class Links:
 
     # --- on a device one has ---
 
-    async def begin(self, caller: Caller, password: str, codes: Codes) -> NewLink:
+    async def begin(
+        self, caller: Caller, password: str, codes: Codes, idempotency_key: str | None = None
+    ) -> NewLink:
         """A new link; it ends an older one of the calling device that is not finished.
 
-        Raises `WrongPassword`, `TotpRequired`, `BadTotpCode`, `TooManyDevices`, `RateLimited`, `Busy`.
+        Repeated with the same `idempotency_key` and codes it answers the same, as long as nobody has claimed it. Raises
+        `WrongPassword`, `TotpRequired`, `BadTotpCode`, `TooManyDevices`, `RateLimited`, `Busy`.
         """
         await self._limits.link(caller.user_id)
         account = await self._credentials.prove_owner(caller, password)
-        link_id, token, now = uuid7(), secrets.token_urlsafe(_TOKEN_BYTES), self._clock.now()
+        request, now = _request_digest(caller, codes, idempotency_key), self._clock.now()
+        begun: NewLink | None = None
         async with self._db.transaction() as tx:
             await self._credentials.lock_proven(tx, account)
+            if request is not None and idempotency_key is not None:
+                made = await store.links.waiting_of_request(tx, account.id, request, now)
+                if made is not None:
+                    return _again(*made, idempotency_key, now)
             proof = await self._second_factor.check(tx, account.id, codes)
             if proof.refused is None:
                 await self._joining.check_room(tx, account.id)
-                await store.links.replace_open(tx, account.id, caller.device_id, now)
-                await store.links.insert(
-                    tx,
-                    link_id,
-                    account.id,
-                    caller.device_id,
-                    caller.session_id,
-                    _digest(token),
-                    now,
-                    now + self._step,
-                )
+                begun = await self._add(tx, caller, request, idempotency_key, now)
                 await self._audit.record(
                     tx,
                     "device_link_begun",
                     account.id,
                     caller.device_id,
-                    link_id=str(link_id),
+                    link_id=str(begun.id),
                     **proof.details,
                 )
         if proof.refused is not None:
             raise proof.refused
+        assert begun is not None
+        return begun
+
+    async def _add(
+        self,
+        tx: Connection,
+        caller: Caller,
+        request: bytes | None,
+        idempotency_key: str | None,
+        now: datetime,
+    ) -> NewLink:
+        link_id, token = uuid7(), secrets.token_urlsafe(_TOKEN_BYTES)
+        sealed = None
+        if idempotency_key is not None:
+            sealed = seal_under(idempotency_key.encode(), token.encode(), _sealing(link_id))
+        await store.links.replace_open(tx, caller.user_id, caller.device_id, now)
+        await store.links.insert(
+            tx,
+            link_id,
+            caller.user_id,
+            caller.device_id,
+            caller.session_id,
+            _digest(token),
+            request,
+            sealed,
+            now,
+            now + self._step,
+        )
         return NewLink(link_id, token, int(self._step.total_seconds()))
 
     async def get(self, caller: Caller, link_id: UUID) -> tuple[Link, LinkStatus]:
@@ -306,6 +334,25 @@ def check_code(token: str, link_id: UUID, identity_key: bytes, signing_key: byte
 def finish_message(token: str) -> bytes:
     """What the new device signs to fetch its session."""
     return _FINISH_CONTEXT + token.encode()
+
+
+def _request_digest(caller: Caller, codes: Codes, idempotency_key: str | None) -> bytes | None:
+    # The codes too: a repeat is answered without spending one, so it must know the one that was spent.
+    if idempotency_key is None:
+        return None
+    return hashlib.sha256(msgspec.json.encode([caller.session_id, codes, idempotency_key])).digest()
+
+
+def _again(
+    link_id: UUID, sealed: bytes, expires_at: datetime, idempotency_key: str, now: datetime
+) -> NewLink:
+    token = open_under(idempotency_key.encode(), sealed, _sealing(link_id)).decode()
+    return NewLink(link_id, token, int((expires_at - now).total_seconds()))
+
+
+def _sealing(link_id: UUID) -> bytes:
+    # With the link's id: a client that uses a key for two links must not seal two tokens alike.
+    return b"whispr link token|" + link_id.bytes
 
 
 def _begun_by(caller: Caller, link: Link | None) -> Link:

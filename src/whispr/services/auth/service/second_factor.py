@@ -100,21 +100,26 @@ class SecondFactor:
 
     # --- the rules ---
 
-    async def begin(self, caller: Caller, password: str) -> NewSecret:
+    async def begin(self, caller: Caller, password: str, idempotency_key: str | None = None) -> NewSecret:
         """A new secret; the second factor is asked for once a code of it was confirmed.
 
-        Begun again before that, the older secret is forgotten. Raises `WrongPassword`, `TotpEnabled`, `RateLimited`, `Busy`.
+        Begun again before that, the older secret is forgotten; with the same `idempotency_key` it is given again.
+        Raises `WrongPassword`, `TotpEnabled`, `RateLimited`, `Busy`.
         """
         account = await self._credentials.prove_owner(caller, password)
-        secret = secrets.token_bytes(_SECRET_BYTES)
+        request = _request_digest(account.id, idempotency_key)
         async with self._db.transaction() as tx:
             await self._credentials.lock_proven(tx, account)
             factor = await store.second_factors.lock(tx, account.id)
             if factor is not None and factor.confirmed_at is not None:
                 raise TotpEnabled
-            key = await self._data_keys.current(tx)
-            encrypted = self._data_keys.encrypt(key, secret, _purpose(account.id))
-            await store.second_factors.put(tx, account.id, encrypted, self._clock.now())
+            if factor is not None and request is not None and request == factor.request_digest:
+                secret = await self._secret(tx, account.id, factor)
+            else:
+                secret = secrets.token_bytes(_SECRET_BYTES)
+                key = await self._data_keys.current(tx)
+                encrypted = self._data_keys.encrypt(key, secret, _purpose(account.id))
+                await store.second_factors.put(tx, account.id, encrypted, request, self._clock.now())
         name = account.username or str(account.id)
         uri = _totp(secret).get_provisioning_uri(name, self._settings.totp_issuer)
         return NewSecret(b32encode(secret).decode(), uri)
@@ -227,14 +232,17 @@ class SecondFactor:
         self, tx: Connection, account_id: UUID, factor: SecondFactorRecord, code: str
     ) -> int | None:
         """The time step `code` belongs to, the present one or a neighbour: clocks and fingers are slow."""
-        ring = await self._data_keys.ring(tx)
-        totp = _totp(self._data_keys.decrypt(ring, factor.encrypted, _purpose(account_id)))
+        totp = _totp(await self._secret(tx, account_id, factor))
         present = int(self._clock.time()) // STEP_SECONDS
         found = None
         for step in (present - 1, present, present + 1):
             if hmac.compare_digest(totp.generate(step * STEP_SECONDS), code.encode()):
                 found = step
         return found
+
+    async def _secret(self, tx: Connection, account_id: UUID, factor: SecondFactorRecord) -> bytes:
+        ring = await self._data_keys.ring(tx)
+        return self._data_keys.decrypt(ring, factor.encrypted, _purpose(account_id))
 
 
 def _totp(secret: bytes) -> TOTP:
@@ -244,6 +252,12 @@ def _totp(secret: bytes) -> TOTP:
 
 def _purpose(account_id: UUID) -> str:
     return f"{account_id}|totp"
+
+
+def _request_digest(account_id: UUID, idempotency_key: str | None) -> bytes | None:
+    if idempotency_key is None:
+        return None
+    return hashlib.sha256(account_id.bytes + idempotency_key.encode()).digest()
 
 
 def _recovery_codes() -> list[str]:

@@ -36,23 +36,45 @@ async def insert(
     by_device_id: UUID,
     by_session_id: UUID,
     token_digest: bytes,
+    request_digest: bytes | None,
+    token_sealed: bytes | None,
     now: datetime,
     expires_at: datetime,
 ) -> None:
+    """Add a link. `request_digest` and `token_sealed` are for a repeat of the request that made it."""
     await tx.execute(
         """
         INSERT INTO device_links
-            (id, account_id, by_device_id, by_session_id, token_digest, status, created_at, expires_at)
-        VALUES ($1, $2, $3, $4, $5, 'waiting', $6, $7)
+            (id, account_id, by_device_id, by_session_id, token_digest, request_digest, token_sealed, status,
+            created_at, expires_at)
+        VALUES ($1, $2, $3, $4, $5, $6, $7, 'waiting', $8, $9)
         """,
         link_id,
         account_id,
         by_device_id,
         by_session_id,
         token_digest,
+        request_digest,
+        token_sealed,
         now,
         expires_at,
     )
+
+
+async def waiting_of_request(
+    tx: Connection, account_id: UUID, request_digest: bytes, now: datetime
+) -> tuple[UUID, bytes, datetime] | None:
+    """(id, sealed token, end) of the unclaimed link that this request has made already."""
+    row = await tx.fetchrow(
+        """
+        SELECT id, token_sealed, expires_at FROM device_links
+        WHERE account_id = $1 AND request_digest = $2 AND status = 'waiting' AND expires_at > $3
+        """,
+        account_id,
+        request_digest,
+        now,
+    )
+    return None if row is None else (row["id"], row["token_sealed"], row["expires_at"])
 
 
 async def replace_open(tx: Connection, account_id: UUID, by_device_id: UUID, now: datetime) -> None:

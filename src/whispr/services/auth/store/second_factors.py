@@ -14,7 +14,8 @@ async def lock(tx: Connection, account_id: UUID) -> SecondFactorRecord | None:
     """The account's second factor, locked: of two uses of one code only one counts."""
     row = await tx.fetchrow(
         """
-        SELECT data_key_id, nonce, ciphertext, confirmed_at, last_step, failures, locked_until FROM second_factors
+        SELECT data_key_id, nonce, ciphertext, confirmed_at, last_step, failures, locked_until, request_digest
+        FROM second_factors
         WHERE account_id = $1
         FOR UPDATE
         """,
@@ -23,21 +24,24 @@ async def lock(tx: Connection, account_id: UUID) -> SecondFactorRecord | None:
     return None if row is None else SecondFactorRecord(Encrypted(*row[:3]), *row[3:])
 
 
-async def put(tx: Connection, account_id: UUID, encrypted: Encrypted, now: datetime) -> None:
+async def put(
+    tx: Connection, account_id: UUID, encrypted: Encrypted, request_digest: bytes | None, now: datetime
+) -> None:
     """A new secret to be confirmed, in place of one that was not. Failures stay counted."""
     await tx.execute(
         """
-        INSERT INTO second_factors (account_id, data_key_id, nonce, ciphertext, created_at)
-        VALUES ($1, $2, $3, $4, $5)
+        INSERT INTO second_factors (account_id, data_key_id, nonce, ciphertext, created_at, request_digest)
+        VALUES ($1, $2, $3, $4, $5, $6)
         ON CONFLICT (account_id) DO UPDATE
         SET data_key_id = excluded.data_key_id, nonce = excluded.nonce, ciphertext = excluded.ciphertext,
-            created_at = excluded.created_at, last_step = 0
+            created_at = excluded.created_at, request_digest = excluded.request_digest, last_step = 0
         """,
         account_id,
         encrypted.data_key_id,
         encrypted.nonce,
         encrypted.ciphertext,
         now,
+        request_digest,
     )
 
 
