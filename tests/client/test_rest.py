@@ -156,12 +156,15 @@ async def test_a_token_is_renewed_before_it_expires_and_when_it_is_refused() -> 
     assert len(server.refreshes) == 4  # one more try with a new token, not a loop
 
 
-async def test_a_refused_refresh_ends_the_session() -> None:
+@pytest.mark.parametrize("code", ["session_revoked", "device_expired"])
+async def test_a_refused_refresh_ends_the_session_and_everybody_hears_why(code: str) -> None:
     server = Server()
-    server.refresh_answer = lambda _: problem(401, "session_revoked")
+    server.refresh_answer = lambda _: problem(401, code)
     client = server.client()
-    with pytest.raises(SessionEnded):
-        await client.my_profile()
+    for _ in range(2):
+        with pytest.raises(SessionEnded) as ended:
+            await client.my_profile()
+        assert ended.value.code == code
     with pytest.raises(SessionEnded):
         await client.access_token()
     assert server.requests == []

@@ -53,6 +53,7 @@ class HttpClient:
         self._clock = clock
         self._refreshing = asyncio.Lock()
         self._session = session
+        self._why = ("not logged in", "session_ended")
         # A session from the store is of unknown age.
         self._expires_at = -math.inf
 
@@ -63,7 +64,7 @@ class HttpClient:
     def session(self) -> Session:
         """Raises SessionEnded when nobody is logged in."""
         if self._session is None:
-            raise SessionEnded("not logged in")
+            raise SessionEnded(*self._why)
         return self._session
 
     async def access_token(self, *, refused: str | None = None) -> str:
@@ -85,8 +86,9 @@ class HttpClient:
                 )
             except ApiError as error:
                 if error.status == 401:
-                    self._session = None
-                    raise SessionEnded(error.detail or error.code, error.code) from error
+                    # Kept, since whoever asks next, the socket perhaps, must hear the same reason.
+                    self._session, self._why = None, (error.detail or error.code, error.code)
+                    raise SessionEnded(*self._why) from error
                 raise
             return self.adopt(decode(answer, Session)).access_token
 
