@@ -242,8 +242,6 @@ async def build(context: Context) -> Service:
                 reactions=reactions,
                 pins=pins,
                 reports=reports,
-                restrictions=restrictions,
-                volume=volume,
                 export=Export(database, clock, directory, history, conversations, context.limiter),
                 restrictions=restrictions,
                 volume=volume,
