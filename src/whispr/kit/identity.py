@@ -24,6 +24,7 @@ from nacl.signing import VerifyKey
 from whispr.kit.cache import Cache
 from whispr.kit.clock import Clock
 from whispr.kit.errors import Failure, InvalidToken, SessionRevoked, TokenExpired, Unavailable
+from whispr.kit.ids import swift
 from whispr.kit.telemetry import get_logger, metrics
 
 REVOCATIONS_CHANNEL = "auth:revocations"
@@ -288,9 +289,9 @@ class Identity:
             raise InvalidToken from None
         self._check_claims(claims)
         caller = Caller(
-            user_id=claims.sub,
-            device_id=claims.did,
-            session_id=claims.sid,
+            user_id=swift(claims.sub),
+            device_id=swift(claims.did),
+            session_id=swift(claims.sid),
             roles=frozenset(claims.roles),
             issued_at=claims.iat,
             expires_at=claims.exp,

@@ -1,12 +1,32 @@
-"""Identifiers made by Whispr: UUID version 7, so that new rows land next to each other in an index."""
+"""Identifiers: UUID version 7 for what Whispr makes, so that new rows land next to each other in an index."""
 
 from __future__ import annotations
 
 from uuid import UUID
 
-from uuid_utils.compat import uuid7 as _uuid7
+import uuid_utils
+from asyncpg.pgproto import pgproto
 
 
 def uuid7() -> UUID:
     """A new UUIDv7 (RFC 9562), increasing within a process."""
-    return _uuid7()
+    return _swift(uuid_utils.uuid7().bytes)
+
+
+def swift(value: UUID) -> UUID:
+    """The same id, ten times quicker to hash, compare and write: the standard class does all that in Python.
+
+    For ids that are looked up for every message. Rows of the database have them as such already.
+    """
+    return value if type(value) is pgproto.UUID else _swift(value.bytes)
+
+
+def parse_id(text: str) -> UUID:
+    """A `swift` id from its text. Raises ValueError."""
+    parsed: UUID = pgproto.UUID(text)
+    return parsed
+
+
+def _swift(value: bytes) -> UUID:
+    made: UUID = pgproto.UUID(value)
+    return made

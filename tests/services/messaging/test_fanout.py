@@ -103,7 +103,7 @@ async def test_events_travel_with_their_contents(
     one, two = nodes
     await one.serve(room)
     await two.serve(room)
-    devices = {uuid4(): b'{"envelopes":{}}', uuid4(): b'{"envelopes":{"x":{}}}'}
+    devices = {str(uuid4()): b'{"envelopes":{}}', str(uuid4()): b'{"envelopes":{"x":{}}}'}
     events = [
         CommittedEvent(room, 1, "new_message", b'{"seq":1}', Content(b'{"ciphertext":"YQ=="}', None)),
         CommittedEvent(room, 2, "new_message", b'{"seq":2}', Content(None, devices)),

@@ -52,9 +52,9 @@ _CONTINUATION: Final = WSMsgType.CONTINUATION
 _PING: Final = WSMsgType.PING
 _PONG: Final = WSMsgType.PONG
 
-# picows writes the frame's header into the space in front of the message.
-_HEADROOM: Final = bytes(14)
-_join = bytearray().join
+# The first byte of a whole frame; the length follows (RFC 6455, section 5.2).
+_TEXT_FRAME: Final = b"\x81"
+_BINARY_FRAME: Final = b"\x82"
 
 _MAX_REASON: Final = 123
 """A close frame carries at most 125 bytes, two of which are its code."""
@@ -167,16 +167,16 @@ class WebSocketLink(WSListener):
         return self._paused
 
     def send_text(self, head: bytes, tail: bytes) -> None:
-        self._send(_TEXT, _join((_HEADROOM, head, tail)))
+        self._send(_TEXT_FRAME, head, tail)
 
     def send_binary(self, frame: bytes) -> None:
-        self._send(_BINARY, _join((_HEADROOM, frame)))
+        self._send(_BINARY_FRAME, frame, b"")
 
-    def _send(self, kind: WSMsgType, message: bytearray) -> None:
+    def _send(self, kind: bytes, head: bytes, tail: bytes) -> None:
         transport = self._transport
         assert transport is not None
         below = transport.underlying_transport
-        if below.is_closing():
+        if below.is_closing() or transport.is_close_frame_sent:
             # The connection broke and the loop has yet to say so; it would log each write until then.
             return
         if self._paused:
@@ -186,8 +186,15 @@ class WebSocketLink(WSListener):
                 if self._socket is not None:
                     self._socket.close(TRY_AGAIN_LATER, "slow consumer")
                 return
-        # Not `send`: it copies through a buffer of the connection that grows to 8 KiB and stays that large.
-        transport.send_reuse_external_bytearray(kind, message, len(_HEADROOM))
+        # Not through picows: it makes a system call for each frame, and the loop one for all that a socket is sent in a
+        # turn, such as a reply and the sender's own event. It would also keep a buffer for each connection.
+        size = len(head) + len(tail)
+        if size < 126:
+            below.write(b"%b%c%b%b" % (kind, size, head, tail))
+        elif size < 1 << 16:
+            below.write(b"%b~%b%b%b" % (kind, size.to_bytes(2, "big"), head, tail))
+        else:
+            below.write(b"%b\x7f%b%b%b" % (kind, size.to_bytes(8, "big"), head, tail))
 
     def close(self, code: int, reason: str) -> None:
         transport = self._transport

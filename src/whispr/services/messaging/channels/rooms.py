@@ -13,6 +13,7 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.channels import Channel
+from whispr.kit.ids import swift
 from whispr.services.messaging.models import (
     CommittedEvent,
     Membership,
@@ -48,7 +49,7 @@ class RoomChannel(Channel):
 
     def __init__(self, socket: Socket, topic: str, topic_id: str, conversation_id: UUID) -> None:
         super().__init__(socket, topic, topic_id)
-        self.conversation_id = conversation_id
+        self.conversation_id = swift(conversation_id)
         self.membership: Membership | None = None
         self.mark = 0
         self.backlog: list[CommittedEvent] | None = []

@@ -209,17 +209,18 @@ class Actor(msgspec.Struct, frozen=True):
 class Content(msgspec.Struct, frozen=True):
     """A message's content, ready to be written to devices: exactly one of the two is set.
 
-    `shared`: the JSON everyone gets. `envelopes`: by device, the JSON `{"envelopes":{DEVICE_ID:{…}}}` that device gets.
+    `shared`: the JSON everyone gets. `envelopes`: by the text of a device's id, the JSON `{"envelopes":{DEVICE_ID:{…}}}` that
+    it gets.
     """
 
     shared: bytes | None
-    envelopes: dict[UUID, bytes] | None
+    envelopes: dict[str, bytes] | None
 
     def for_device(self, device_id: UUID) -> bytes:
         """The JSON of `content` for one device; a device without an envelope gets none of the others'."""
         if self.envelopes is None:
             return self.shared or b"{}"
-        return self.envelopes.get(device_id, NO_ENVELOPE)
+        return self.envelopes.get(str(device_id), NO_ENVELOPE)
 
 
 class CommittedEvent(msgspec.Struct, frozen=True):
@@ -394,6 +395,8 @@ class ConversationView(msgspec.Struct, frozen=True):
     type: ConversationType
     metadata: dict[str, Any]
     is_active: bool
+    permissions: Permissions
+    retention_seconds: int | None
     created_by: UUID
     created_at: datetime
     updated_at: datetime
@@ -406,5 +409,3 @@ class ConversationView(msgspec.Struct, frozen=True):
     member_count: int
     members: list[MemberView] | None
     last_message: Message | None
-    permissions: Permissions
-    retention_seconds: int | None

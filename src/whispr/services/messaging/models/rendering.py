@@ -38,7 +38,7 @@ def split_content(content: bytes) -> Content:
     return Content(
         shared=None,
         envelopes={
-            UUID(device): b'{"envelopes":{"%b":%b}%b}' % (device.encode(), envelope, commitment)
+            device: b'{"envelopes":{"%b":%b}%b}' % (device.encode(), envelope, commitment)
             for device, envelope in stored.envelopes.items()
         },
     )

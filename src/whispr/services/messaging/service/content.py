@@ -8,6 +8,7 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from whispr.kit.ids import parse_id
 from whispr.services.messaging.models import (
     MAX_CONTENT_BYTES,
     MESSAGE_TYPES,
@@ -22,11 +23,6 @@ SIGNATURE_CONTEXT: Final = b"whispr-message-v1"
 SIGNATURE_BYTES: Final = 64
 COMMITMENT_BYTES: Final = 32
 
-# The text of an id is part of what is signed, so only the form that everybody would write is taken.
-_DeviceKey = Annotated[
-    str, msgspec.Meta(pattern="^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")
-]
-
 
 class Envelope(msgspec.Struct, forbid_unknown_fields=True):
     """One device's ciphertext. `registration_id`: the installation it was made for, if the sender says."""
@@ -39,7 +35,7 @@ class Envelope(msgspec.Struct, forbid_unknown_fields=True):
 class _Body(msgspec.Struct, forbid_unknown_fields=True):
     ciphertext: str | msgspec.UnsetType = msgspec.UNSET
     commitment: str | msgspec.UnsetType = msgspec.UNSET
-    envelopes: dict[_DeviceKey, Envelope] | msgspec.UnsetType = msgspec.UNSET
+    envelopes: dict[str, Envelope] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Parsed(msgspec.Struct, frozen=True):
@@ -76,7 +72,8 @@ def canonical_json(content: bytes) -> tuple[bytes, dict[str, Envelope] | None]:
         _require_base64(body.ciphertext)
         return _encode_sorted(body), None
     if body.envelopes is not msgspec.UNSET and body.ciphertext is msgspec.UNSET:
-        for envelope in body.envelopes.values():
+        for device, envelope in body.envelopes.items():
+            _require_id(device)
             _require_base64(envelope.body)
         return _encode_sorted(body), body.envelopes
     raise InvalidContent
@@ -97,6 +94,16 @@ def parse(draft: Draft) -> Parsed:
     digest = sha256(canonical).digest()
     signed = sha256(SIGNATURE_CONTEXT + draft.conversation_id.bytes + draft.client_id.bytes + digest).digest()
     return Parsed(draft, canonical, digest, signed, envelopes)
+
+
+def _require_id(text: str) -> None:
+    # It is part of what is signed, so only the form that everybody would write is taken.
+    try:
+        is_canonical = str(parse_id(text)) == text
+    except ValueError:
+        is_canonical = False
+    if not is_canonical:
+        raise InvalidContent("Envelopes are named by the ids of devices, in lower case and with hyphens.")
 
 
 def _require_base64(text: str) -> None:

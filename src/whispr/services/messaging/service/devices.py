@@ -9,6 +9,7 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.clock import Clock
+from whispr.kit.ids import swift
 from whispr.services.messaging.service.readthrough import ReadThrough
 
 
@@ -79,7 +80,7 @@ class Devices:
 
 def _known(devices: Sequence[Device]) -> KnownDevices:
     return KnownDevices(
-        signing_keys={device.device_id: device.signing_key for device in devices},
+        signing_keys={swift(device.device_id): device.signing_key for device in devices},
         registrations={str(device.device_id): device.registration_id for device in devices},
     )
 

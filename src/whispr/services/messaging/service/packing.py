@@ -10,14 +10,14 @@ from whispr.services.messaging.models import CommittedEvent, Content
 
 
 class PackedEvent(msgspec.Struct, array_like=True, gc=False):
-    """A `CommittedEvent`; ids as their 16 bytes."""
+    """A `CommittedEvent`; ids as their 16 bytes, devices as their text."""
 
     conversation: bytes
     seq: int
     event: str
     payload: bytes
     shared: bytes | None
-    envelopes: dict[bytes, bytes] | None
+    envelopes: dict[str, bytes] | None
     message_seq: int = 0
 
 
@@ -57,14 +57,13 @@ def pack(event: CommittedEvent) -> PackedEvent:
     content = event.content
     if content is None:
         return PackedEvent(event.conversation_id.bytes, event.seq, event.event, event.payload, None, None)
-    envelopes = content.envelopes
     return PackedEvent(
         event.conversation_id.bytes,
         event.seq,
         event.event,
         event.payload,
         content.shared,
-        None if envelopes is None else {device.bytes: body for device, body in envelopes.items()},
+        content.envelopes,
         event.message_seq,
     )
 
@@ -73,11 +72,7 @@ def unpack(packed: PackedEvent) -> CommittedEvent:
     """As it was."""
     content = None
     if packed.shared is not None or packed.envelopes is not None:
-        envelopes = packed.envelopes
-        content = Content(
-            packed.shared,
-            None if envelopes is None else {UUID(bytes=device): body for device, body in envelopes.items()},
-        )
+        content = Content(packed.shared, packed.envelopes)
     return CommittedEvent(
         UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content, packed.message_seq
     )

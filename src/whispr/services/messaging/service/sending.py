@@ -31,6 +31,7 @@ from whispr.services.messaging.models import (
     MessageHead,
     NotAllowed,
     NotAMember,
+    ReplyNotFound,
     SendResult,
 )
 from whispr.services.messaging.models.abuse import Restricted
@@ -40,6 +41,7 @@ from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.flusher import Admitted, Flusher, OnDone
 from whispr.services.messaging.service.pace import SendingPace
+from whispr.services.messaging.service.readthrough import ReadThrough
 from whispr.services.messaging.service.restrictions import Restrictions
 from whispr.services.messaging.service.signatures import SignatureChecker
 from whispr.services.messaging.service.volume import Volume
@@ -51,6 +53,8 @@ T = TypeVar("T")
 
 # A draft is judged again after each load; what is still missing then was dropped meanwhile. It ends somewhere.
 _MAX_LOADS: Final = 6
+
+_NOWHERE: Final = (UUID(int=0), 0)
 
 
 class Overloaded(Unavailable):
@@ -118,6 +122,8 @@ class Sending:
         self._flusher = Flusher(
             db, clock, signatures, publish, on_doubt, self._answer_duplicate, on_expiring, patience=patience
         )
+        # Where a message stands never changes.
+        self._places = ReadThrough(self._locate, clock, lifetime=3600.0, capacity=20_000)
         self._queues: dict[UUID, deque[_Waiting]] = {}
         self._queued = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -217,6 +223,8 @@ class Sending:
         role = conversation.members[draft.sender_id].role
         if conversation.type is ConversationType.GROUP and role.rank < conversation.permissions.send.rank:
             raise NotAllowed
+        if draft.reply_to_id is not None:
+            self._judge_reply(draft.reply_to_id, conversation, draft.sender_id)
         own = self._devices.peek(draft.sender_id)
         if own is None:
             raise _Missing(lambda: self._devices.load([draft.sender_id]))
@@ -268,6 +276,19 @@ class Sending:
                 raise _Missing(partial(self._contact.load, sender_id, [other])) from None
             if refusal is not None:
                 raise refusal
+
+    def _judge_reply(self, message_id: UUID, conversation: Conversation, sender_id: UUID) -> None:
+        place = self._places.peek(message_id)
+        if place is None:
+            raise _Missing(lambda: self._places.load([message_id]))
+        conversation_id, seq = place
+        if conversation_id != conversation.id or seq <= conversation.members[sender_id].floor_seq:
+            raise ReplyNotFound
+
+    async def _locate(self, message_ids: list[UUID]) -> dict[UUID, tuple[UUID, int]]:
+        async with self._db.connection() as connection:
+            found = await store.locate_messages(connection, message_ids)
+        return {message_id: found.get(message_id, _NOWHERE) for message_id in message_ids}
 
     def _judge_envelopes(self, parsed: Parsed, conversation: Conversation, asked_auth: bool) -> None:
         assert parsed.envelopes is not None

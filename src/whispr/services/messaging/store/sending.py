@@ -37,9 +37,8 @@ class Outcome(IntEnum):
     CLOSED = 4
     STALE = 5
     """Someone else wrote to the conversation while the batch waited for it; store it again, locked first."""
-    REPLY_NOT_FOUND = 6
-    NOT_ALLOWED = 7
-    RESCHEDULED = 8
+    NOT_ALLOWED = 6
+    RESCHEDULED = 7
     """A scheduled message that was changed, cancelled or sent since it was read."""
 
 
@@ -166,9 +165,8 @@ WITH draft AS MATERIALIZED (
                 WHEN room.is_current IS NOT TRUE THEN 5
                 WHEN member.is_active IS NOT TRUE THEN 3
                 WHEN NOT room.is_active THEN 4
-                WHEN room.send_role <> 'member' AND member.role <> 'owner' AND member.role <> room.send_role THEN 7
-                WHEN d.reply_to_id IS NOT NULL AND target.seq IS NULL THEN 6
-                WHEN d.id = ANY ($16::uuid[]) AND d.id NOT IN (SELECT message_id FROM planned) THEN 8
+                WHEN room.send_role <> 'member' AND member.role <> 'owner' AND member.role <> room.send_role THEN 6
+                WHEN d.id = ANY ($16::uuid[]) AND d.id NOT IN (SELECT message_id FROM planned) THEN 7
                 ELSE 0
             END AS outcome
         FROM draft d
@@ -176,7 +174,7 @@ WITH draft AS MATERIALIZED (
         LEFT JOIN LATERAL (
             -- is_active is judged outside: inside it would invite the index by user, a walk through all of a person's
             -- conversations.
-            SELECT m.is_active, m.role, m.floor_seq FROM conversation_members m
+            SELECT m.is_active, m.role FROM conversation_members m
             WHERE m.conversation_id = d.conversation_id AND m.user_id = d.sender_id
             LIMIT 1
         ) member ON true
@@ -186,12 +184,6 @@ WITH draft AS MATERIALIZED (
                 AND e.client_id = d.client_id
             LIMIT 1
         ) earlier ON true
-        LEFT JOIN LATERAL (
-            SELECT t.seq FROM messages t
-            WHERE d.reply_to_id IS NOT NULL AND t.conversation_id = d.conversation_id AND t.id = d.reply_to_id
-                AND t.seq > member.floor_seq
-            LIMIT 1
-        ) target ON true
     ) judged
 ), span AS MATERIALIZED (
     SELECT conversation_id, min(seq) AS first_seq, max(seq) AS last_seq
@@ -235,6 +227,16 @@ WITH draft AS MATERIALIZED (
 SELECT outcome, coalesce(earlier_id, id), coalesce(earlier_seq, seq, 0), coalesce(earlier_sent_at, $15)
 FROM numbered ORDER BY ord
 """
+
+
+async def locate_messages(
+    connection: Connection, message_ids: Collection[UUID]
+) -> dict[UUID, tuple[UUID, int]]:
+    """Conversation and `seq` of the messages that exist, by id."""
+    records = await connection.fetch(
+        "SELECT id, conversation_id, seq FROM messages WHERE id = ANY($1)", list(message_ids)
+    )
+    return {record["id"]: (record["conversation_id"], record["seq"]) for record in records}
 
 
 async def find_sent(
