@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import grpc
 import pytest
@@ -133,6 +133,83 @@ async def test_a_deleted_account_is_erased_here(stack: Stack) -> None:
     async with asyncio.timeout(10):
         while (await bob.ok(f"/conversations/{group}"))["member_count"] != 1:
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("method", "allowed"),
+    [
+        ("CleanupExpiredMessages", "scheduling"),
+        ("AuthorizeMediaAccess", "media"),
+        ("GenerateUsageReport", "scheduling"),
+    ],
+)
+async def test_each_method_is_for_one_service_only(neighbours: Neighbours, method: str, allowed: str) -> None:
+    codes = {}
+    for service in SERVICES:
+        stub: Any = messaging_pb2_grpc.MessagingServiceStub(neighbours[service].grpc)
+        request = getattr(messaging_pb2, f"{method}Request")()
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await getattr(stub, method)(request, timeout=5)
+        codes[service] = refusal.value.code()
+    # The empty request is wrong, but only the right caller is told so.
+    assert codes.pop(allowed) is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(codes.values()) == {grpc.StatusCode.PERMISSION_DENIED}
+
+
+async def test_scheduling_has_expired_messages_cleaned_up(
+    stack: Stack, neighbours: Neighbours, messaging_db: Database
+) -> None:
+    ann, bob = await people(stack, 2)
+    direct, kept = await ann.direct(bob), await ann.group(bob)
+    await ann.patch(f"/conversations/{kept}", {"retention_seconds": 3600})
+    sent = (await ann.post("/messages", ann.draft(direct, expires_in=3600))).json()
+    await ann.send(kept)
+    async with messaging_db.connection() as connection:
+        await connection.execute(
+            "UPDATE messages SET expires_at = expires_at - interval '1 day' WHERE id = $1", UUID(sent["id"])
+        )
+        for table, column in (("messages", "sent_at"), ("conversation_events", "created_at")):
+            await connection.execute(
+                f"UPDATE {table} SET {column} = {column} - interval '1 day' WHERE conversation_id = $1",
+                UUID(kept),
+            )
+    client = MessagingClient(neighbours["scheduling"])
+    operation = uuid4()
+    first = await client.cleanup_expired_messages(operation)
+    # The service's own loop may have been faster with the one, and other tests' messages may have gone along.
+    assert (first.expired >= 0, first.purged >= 2, first.more) == (True, True, False)
+    assert (await bob.ok(f"/conversations/{direct}/messages"))["items"][0]["is_deleted"] is True
+    assert [event["event"] for event in await bob.log(kept)] == ["history_purged"]
+    await client.cleanup_expired_messages(operation)
+    assert [event["event"] for event in await bob.log(kept)] == ["history_purged"]
+    assert [event["event"] for event in await bob.log(direct)] == ["new_message", "message_deleted"]
+
+
+async def test_media_asks_who_may_see_a_medium(stack: Stack, neighbours: Neighbours) -> None:
+    ann, bob, cid = await people(stack, 3)
+    group, medium = await ann.group(bob, cid), uuid4()
+    body = ann.draft(group, message_type="media", media_ids=[str(medium)])
+    sent = (await ann.post("/messages", body)).json()
+    client = MessagingClient(neighbours["media"])
+
+    async def may(door: Door) -> bool:
+        return await client.authorize_media_access(door.person.user_id, medium, ann.person.user_id)
+
+    assert [await may(door) for door in (ann, bob, cid)] == [True, True, True]
+    await ann.delete(f"/conversations/{group}/members/{bob.id}")
+    assert [await may(door) for door in (ann, bob, cid)] == [True, False, True]
+    await ann.delete(f"/messages/{sent['id']}")
+    assert [await may(door) for door in (ann, bob, cid)] == [False, False, False]
+
+
+@pytest.mark.parametrize("missing", ["user_id", "media_id", "owner_id"])
+async def test_a_question_about_nobody_is_refused(neighbours: Neighbours, missing: str) -> None:
+    channel = neighbours["media"]
+    stub = messaging_pb2_grpc.MessagingServiceStub(channel.grpc)
+    fields = {"user_id": SOME_ID, "media_id": SOME_ID, "owner_id": SOME_ID, missing: "nobody"}
+    with pytest.raises(Failure) as failure:
+        await channel.call(stub.AuthorizeMediaAccess, messaging_pb2.AuthorizeMediaAccessRequest(**fields))
+    assert (failure.value.kind, failure.value.fields["field"]) == (Kind.INVALID, missing)
 
 
 async def test_scheduling_asks_for_maintenance(neighbours: Neighbours) -> None:

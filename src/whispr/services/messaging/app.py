@@ -135,7 +135,6 @@ async def build(context: Context) -> Service:
         clock,
         receipt_detail=timedelta(days=settings.receipt_detail_days),
         cursor_life=timedelta(days=settings.cursor_days),
-        erased=lambda: expiry.erased,
     )
     sending_database = Database(
         settings.database_url,

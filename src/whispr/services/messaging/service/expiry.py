@@ -60,7 +60,6 @@ class Expiry:
         self._unsettled: set[UUID] = set()
         self._swept_at = float("-inf")
         self._woken = asyncio.Event()
-        self.erased = 0
 
     def expects(self, head: MessageHead) -> None:
         """A message was stored that will expire. Called on the way of sending: it only takes note."""
@@ -151,7 +150,6 @@ class Expiry:
                 break
             erased += in_this_round
         if erased:
-            self.erased += erased
             self._wake_outbox()
             log.info("messages_expired", messages=erased)
         return erased

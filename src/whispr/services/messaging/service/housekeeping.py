@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 
 from whispr.kit.clock import Clock
@@ -14,10 +13,7 @@ CHUNK = 5_000
 
 
 class Housekeeping:
-    """Keeps the receipts' tables from growing for ever, and erased messages from staying in the pages of theirs.
-
-    `erased` counts the messages that this process has erased so far.
-    """
+    """Keeps the receipts' tables from growing for ever, and erased messages from staying in the pages of theirs."""
 
     def __init__(
         self,
@@ -26,14 +22,11 @@ class Housekeeping:
         *,
         receipt_detail: timedelta,
         cursor_life: timedelta,
-        erased: Callable[[], int],
     ) -> None:
         self._db = db
         self._clock = clock
         self._receipt_detail = receipt_detail
         self._cursor_life = cursor_life
-        self._erased = erased
-        self._vacuumed_at = 0
 
     async def run_once(self) -> int:
         """Thin old receipt times to one a day and forget the cursors of silent devices; how many rows went."""
@@ -50,13 +43,7 @@ class Housekeeping:
                 gone += removed
                 if removed < CHUNK:
                     break
-        await self._vacuum()
-        return gone
-
-    async def _vacuum(self) -> None:
         # PostgreSQL by itself waits until a fifth of a table has changed: for ever, where few messages disappear.
-        erased = self._erased()
-        if erased > self._vacuumed_at:
-            async with self._db.connection() as connection:
-                await expiry.vacuum_messages(connection)
-            self._vacuumed_at = erased
+        async with self._db.connection() as connection:
+            await expiry.vacuum_messages(connection)
+        return gone

@@ -278,5 +278,13 @@ async def set_retention(tx: Connection, conversation_id: UUID, seconds: int | No
 
 
 async def vacuum_messages(connection: Connection) -> None:
-    """Take the dead versions of changed messages out of their pages: an erased content is still in there until then."""
-    await connection.execute("VACUUM messages", timeout=600.0)
+    """Take dead versions of messages out of their pages: an erased content is still in there until then."""
+    partitions = await connection.fetch(
+        """
+        SELECT p.relid::regclass::text AS name
+        FROM pg_partition_tree('messages') p JOIN pg_stat_user_tables s ON s.relid = p.relid
+        WHERE s.n_dead_tup > 0 ORDER BY name
+        """
+    )
+    for partition in partitions:
+        await connection.execute(f"VACUUM {partition['name']}", timeout=600.0)
