@@ -36,7 +36,7 @@ async def test_every_route_wants_a_token(stack: Stack) -> None:
     routes = [
         (method, path) for path, methods in paths.items() if path.startswith("/api/") for method in methods
     ]
-    assert len(routes) == 11
+    assert len(routes) == 12
     for method, path in routes:
         path = path.replace("{user_id}", str(uuid4()))
         problem(await ask(stack, None, method, path), 401, "unauthenticated")

@@ -131,6 +131,16 @@ class QuotasView(BaseModel):
     blocks: QuotaView
 
 
+class ExportView(BaseModel):
+    """Everything the user service keeps of the caller."""
+
+    profile: ProfileView
+    contacts: list[ContactView]
+    blocks: list[BlockView]
+    quotas: QuotasView
+    exported_at: datetime
+
+
 _UNAUTHENTICATED: dict[int | str, dict[str, Any]] = {401: {"model": Problem}}
 _NOT_FOUND: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
 _CONFLICT: dict[int | str, dict[str, Any]] = {409: {"model": Problem}}
@@ -165,6 +175,18 @@ def _add_own(router: APIRouter, service: UserService) -> None:
     async def get_own_quotas(caller: CallerDep) -> QuotasView:
         """The caller's limits and what is used of them."""
         return _quotas(await service.storage.quotas(caller.user_id))
+
+    @router.get("/me/export", responses=_NOT_FOUND)
+    async def export_own_data(caller: CallerDep) -> ExportView:
+        """Everything kept of the caller here, lists in full; five times a day."""
+        data = await service.export.of(caller.user_id)
+        return ExportView(
+            profile=_own(data.profile),
+            contacts=[_contact(item) for item in data.contacts],
+            blocks=[_block(item) for item in data.blocks],
+            quotas=_quotas(data.quotas),
+            exported_at=data.exported_at,
+        )
 
 
 def _add_contacts(router: APIRouter, service: UserService) -> None:

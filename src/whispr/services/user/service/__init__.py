@@ -1,7 +1,8 @@
 """The rules of the user service.
 
 `UserService` holds the four areas: `profiles`, `relations` (contacts, blocks and what follows from them), `storage`
-(quotas) and `reports`; `erasure` ends a person in all of them. `Directory` knows which people exist.
+(quotas) and `reports`; `export` shows a person all of their own, and `erasure` ends them in all of it. `Directory` knows
+which people exist.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from whispr.kit.clock import Clock
 from whispr.kit.db import Database
 from whispr.services.user.service.directory import AccountInfo, Accounts, Directory
 from whispr.services.user.service.erasure import Erasure
+from whispr.services.user.service.export import Export
 from whispr.services.user.service.hints import Hints
 from whispr.services.user.service.profiles import Profiles
 from whispr.services.user.service.relations import Relations
@@ -43,5 +45,6 @@ class UserService:
         self.profiles = Profiles(database, directory, hints, limiter, clock, settings)
         self.relations = Relations(database, directory, hints, limiter, clock, settings)
         self.storage = Storage(database, directory, clock, settings)
+        self.export = Export(self.profiles, self.relations, self.storage, limiter, clock)
         self.reports = Reports(database, hints, clock, settings)
         self.erasure = Erasure(database, hints, clock)
