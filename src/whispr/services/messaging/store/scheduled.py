@@ -53,7 +53,9 @@ def _plan(record: Any) -> Plan:
 
 async def lock_person(tx: Connection, user_id: UUID) -> None:
     """One of a person's requests at a time, until the transaction ends: what they have is counted, then added to."""
-    await tx.execute("SELECT pg_advisory_xact_lock(hashtextextended('scheduled:' || $1::text, 0))", user_id)
+    await tx.execute(
+        "SELECT pg_advisory_xact_lock(hashtextextended('scheduled:' || $1::uuid::text, 0))", user_id
+    )
 
 
 async def count_open(tx: Connection, user_id: UUID) -> int:
@@ -258,12 +260,16 @@ async def can_be_replied_to(
 
 
 # Nothing overtakes: what is earlier in a conversation goes first, also while another node is sending it. Only what
-# could not be sent and waits to be tried again holds up nobody but its own author.
+# could not be sent and waits to be tried again, and what waits behind that, holds up nobody but its own author.
 _HEAD: Final = """
     s.status = 'pending' AND s.due_at <= $1 AND NOT EXISTS (
         SELECT FROM scheduled_messages e
         WHERE e.conversation_id = s.conversation_id AND e.status = 'pending' AND (e.send_at, e.id) < (s.send_at, s.id)
-            AND (e.sender_id = s.sender_id OR e.attempts = 0)
+            AND (e.sender_id = s.sender_id OR NOT EXISTS (
+                SELECT FROM scheduled_messages f
+                WHERE f.conversation_id = e.conversation_id AND f.sender_id = e.sender_id AND f.status = 'pending'
+                    AND f.attempts > 0 AND (f.send_at, f.id) <= (e.send_at, e.id)
+            ))
     )
 """
 
