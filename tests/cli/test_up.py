@@ -1,11 +1,13 @@
 """`whispr up` as a process of its own, with the real services."""
 
 import base64
+import json
 import os
 import secrets
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,65 @@ def test_killed_it_recovers_with_all_its_data_and_term_leaves_no_process() -> No
         assert [name for name, pid in pids.items() if not gone(pid)] == []
         assert not (folder / "run.json").exists()
         assert whispr("status", "--data", str(folder)).returncode == 3
+
+
+def internal(up: Up, path: str) -> str:
+    with urllib.request.urlopen(
+        f"{up.record['services']['messaging']['internal']}{path}", timeout=10
+    ) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_feature_is_switched_off_while_everything_runs(up: Up) -> None:
+    data = ("--data", str(up.folder))
+    outcome = whispr("admin", "flag", "typing", "off", *data)
+    assert outcome.returncode == 0, outcome.stderr
+    off = 'whispr_feature_on{feature="typing"} 0.0'
+    wait_for(lambda: off in internal(up, "/metrics"), 6)
+    assert (up.folder / "live.json").stat().st_mode & 0o077 == 0
+    assert whispr("admin", "set", "message_rate", "7.5", *data).returncode == 0
+    listed = whispr("admin", "flags", *data).stdout
+    rows = {line.split()[0]: line.split()[1:] for line in listed.splitlines()}
+    assert rows["typing"] == ["messaging", "off"]
+    assert rows["presence"] == ["messaging", "on"]
+    assert rows["message_rate"] == ["messaging", "7.5"]
+    assert rows["message_burst"] == ["messaging", "as", "started"]
+    assert whispr("admin", "flag", "typing", "on", *data).returncode == 0
+    assert whispr("admin", "set", "messaging.message_rate", "default", *data).returncode == 0
+    wait_for(lambda: off not in internal(up, "/metrics"), 6)
+    assert json.loads((up.folder / "live.json").read_text()) == {"messaging": {}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("flag", "tipping", "off"),
+        ("flag", "typing", "maybe"),
+        ("flag", "message_rate", "off"),
+        ("set", "typing", "false"),
+        ("set", "message_rate", "fast"),
+        ("set", "message_rate", "0"),
+        ("set", "log_level", "loud"),
+        ("set", "auth.message_rate", "1"),
+    ],
+)
+def test_what_may_not_be_changed_is_refused_and_nothing_written(up: Up, arguments: tuple[str, ...]) -> None:
+    file = up.folder / "live.json"
+    before = file.read_bytes() if file.exists() else None
+    outcome = whispr("admin", *arguments, "--data", str(up.folder))
+    assert outcome.returncode not in (0, 1)
+    assert arguments[1].rpartition(".")[2] in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert (file.read_bytes() if file.exists() else None) == before
+
+
+def test_a_file_of_live_settings_that_is_not_valid_is_shown_and_serves_on(up: Up) -> None:
+    file = up.folder / "live.json"
+    file.write_text('{"messaging": {"typing": "off"}}')
+    wait_for(lambda: json.loads(internal(up, "/readyz"))["checks"]["live_settings"]["status"] == "failed", 6)
+    assert up.is_ready()
+    outcome = whispr("admin", "flag", "presence", "off", "--data", str(up.folder))
+    assert outcome.returncode != 0
+    assert "messaging.typing" in outcome.stderr
+    file.unlink()
+    wait_for(lambda: json.loads(internal(up, "/readyz"))["checks"]["live_settings"]["status"] == "ok", 6)

@@ -44,7 +44,7 @@ def switch(flag: str, state: str, data: Path | None) -> None:
     if name not in model.flags():
         raise InstanceError(f"{name} is a setting: use `whispr admin set {name} VALUE`.")
     if state not in ON_OFF:
-        raise InstanceError(f"A feature is switched on or off, not {state!r}.")
+        raise InstanceError(f"{name} is switched on or off, not {state!r}.")
     _change(section, model, name, None if ON_OFF[state] else False, data)
 
 
