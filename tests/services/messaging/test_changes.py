@@ -87,12 +87,14 @@ async def test_an_edit_reaches_everybody(stack: Stack, connect: Open) -> None:
     for line in (at_ben, from_far):
         assert await line.next(topic, "message_edited") == {"seq": 2, "message": edited}
     entry = {"seq": 2, "event": "message_edited", "payload": {"seq": 2, "message": edited}}
+    log = await anna.log(topic_id)
     for door in (anna, ben):
         assert await door.ok(f"/messages/{sent['id']}") == edited
         assert (await door.ok(f"/conversations/{topic_id}/messages"))["items"] == [edited]
         assert (await door.ok(f"/conversations/{topic_id}"))["last_message"] == edited
-        log = await door.log(topic_id)
-        assert log == [{"seq": 1, "event": "new_message", "payload": edited}, entry]
+        assert (
+            await door.log(topic_id) == log == [{"seq": 1, "event": "new_message", "payload": edited}, entry]
+        )
     back = await connect(ben.person)
     recovered = await back.join(topic, {"cursor": {"epoch": joined["epoch"], "seq": 1}})
     assert recovered["events"] == [entry]
@@ -284,7 +286,7 @@ async def test_a_deleted_message_is_a_tombstone_everywhere(
     assert (await ben.ok(f"/conversations/{topic_id}/pins"))["items"] == []
     assert (await ben.ok(f"{path}/reactions"))["items"] == []
     async with messaging_tables.connection() as connection:
-        rows = await connection.fetchrow(
+        rows: Any = await connection.fetchrow(
             "SELECT content, media_ids, metadata FROM messages WHERE id = $1", sent["id"]
         )
         media = await connection.fetchval(
