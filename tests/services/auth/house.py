@@ -125,6 +125,7 @@ async def rules(
         issuer="whispr",
         audience="whispr",
         wake_outbox=lambda: None,
+        require=lambda feature: None,
     )
     try:
         yield auth

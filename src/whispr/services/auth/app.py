@@ -13,7 +13,7 @@ from whispr.kit.settings import SettingsError, load
 from whispr.services.auth import api, jobs, rpc
 from whispr.services.auth.adapters import root_key_source
 from whispr.services.auth.service import Auth, Roles, build_auth
-from whispr.services.auth.settings import AuthSettings
+from whispr.services.auth.settings import AuthLive, AuthSettings
 from whispr.services.messaging.client import MessagingClient
 from whispr.services.user.client import UserClient
 
@@ -21,6 +21,7 @@ from whispr.services.user.client import UserClient
 async def build(context: Context) -> Service:
     """auth; it needs no neighbour, and tells those that run of deleted accounts."""
     settings = load(AuthSettings)
+    context.live.declare(AuthLive)
     database = context.database(settings.database_url)
     dispatcher = Dispatcher(database, context.clock, jobs.erasers(_erase_targets(context)))
     auth = build_auth(
@@ -33,6 +34,7 @@ async def build(context: Context) -> Service:
         issuer=context.common.token_issuer,
         audience=context.common.token_audience,
         wake_outbox=dispatcher.wake,
+        require=context.live.require,
     )
     identity = context.identity(auth.source)
     auth.announcer.on_revocation(identity.learn)

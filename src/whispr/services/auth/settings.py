@@ -7,9 +7,17 @@ from pathlib import Path
 from pydantic import Field, SecretStr
 from pydantic_settings import SettingsConfigDict
 
+from whispr.kit.live import LiveSettings
 from whispr.kit.settings import ServiceSettings
 
 DAY = 86400.0
+
+
+class AuthLive(LiveSettings):
+    """What may change while auth runs."""
+
+    registration: bool = True
+    linking: bool = True
 
 
 class AuthSettings(ServiceSettings):

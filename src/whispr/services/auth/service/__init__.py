@@ -94,8 +94,9 @@ def build_auth(
     issuer: str,
     audience: str,
     wake_outbox: Callable[[], None],
+    require: Callable[[str], None],
 ) -> Auth:
-    """Put the parts together."""
+    """Put the parts together. `require` raises where the feature it is given the name of is switched off."""
     vault, audit = Vault(root), AuditTrail(clock)
     announcer, limits, passwords = Announcer(publisher), Limits(limiter, settings), Passwords(settings)
     signing = SigningKeys(db, clock, vault, audit, settings, issuer, audience)
@@ -107,7 +108,17 @@ def build_auth(
     push_tokens = PushTokens(db, clock, data_keys, announcer, audit, settings)
     return Auth(
         entry=Entry(
-            db, clock, credentials, second_factor, joining, sessions, announcer, audit, limits, settings
+            db,
+            clock,
+            credentials,
+            second_factor,
+            joining,
+            sessions,
+            announcer,
+            audit,
+            limits,
+            settings,
+            ensure_on=lambda: require("registration"),
         ),
         accounts=Accounts(db, clock, credentials, second_factor, sessions, announcer, audit, wake_outbox),
         sessions=sessions,
@@ -123,6 +134,7 @@ def build_auth(
             audit,
             limits,
             settings,
+            ensure_on=lambda: require("linking"),
         ),
         prekeys=Prekeys(db, clock, announcer, limits, settings),
         push_tokens=push_tokens,

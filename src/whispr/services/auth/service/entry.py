@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from uuid import UUID
@@ -93,6 +94,8 @@ class Entry:
         audit: AuditTrail,
         limits: Limits,
         settings: AuthSettings,
+        *,
+        ensure_on: Callable[[], None],
     ) -> None:
         self._db = db
         self._clock = clock
@@ -103,6 +106,7 @@ class Entry:
         self._announcer = announcer
         self._audit = audit
         self._limits = limits
+        self._ensure_on = ensure_on
         self._settings = settings
 
     async def register(
@@ -116,8 +120,9 @@ class Entry:
         """A new account with its first device and session.
 
         With `idempotency_key`, a repeat gives the same account, device and session with fresh tokens. Raises
-        `UsernameTaken`, `BadSignature`, `IdempotencyKeyReused`, `RateLimited`, `Busy`.
+        `UsernameTaken`, `BadSignature`, `IdempotencyKeyReused`, `RateLimited`, `Busy`, `FeatureOff`.
         """
+        self._ensure_on()
         await self._limits.register(origin)
         check_device(device)
         attempt = _attempt("register", username, idempotency_key, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -72,6 +73,8 @@ class Links:
         audit: AuditTrail,
         limits: Limits,
         settings: AuthSettings,
+        *,
+        ensure_on: Callable[[], None],
     ) -> None:
         self._db = db
         self._clock = clock
@@ -82,6 +85,7 @@ class Links:
         self._announcer = announcer
         self._audit = audit
         self._limits = limits
+        self._ensure_on = ensure_on
         self._step = timedelta(seconds=settings.link_seconds)
         self._confirm_step = timedelta(seconds=settings.link_confirm_seconds)
 
@@ -93,8 +97,9 @@ class Links:
         """A new link; it ends an older one of the calling device that is not finished.
 
         Repeated with the same `idempotency_key` and codes it answers the same, as long as nobody has claimed it. Raises
-        `WrongPassword`, `TotpRequired`, `BadTotpCode`, `TooManyDevices`, `RateLimited`, `Busy`.
+        `WrongPassword`, `TotpRequired`, `BadTotpCode`, `TooManyDevices`, `RateLimited`, `Busy`, `FeatureOff`.
         """
+        self._ensure_on()
         await self._limits.link(caller.user_id)
         account = await self._credentials.prove_owner(caller, password)
         request, now = _request_digest(caller, codes, idempotency_key), self._clock.now()
@@ -194,8 +199,9 @@ class Links:
         """Bring the new device and its keys. The same claim again answers the same.
 
         Raises `BadSignature`, `InvalidPrekey`, `LinkNotFound`, `LinkUsed` for the second device that tries,
-        `LinkExpired`, `LinkRefused`, `RateLimited`.
+        `LinkExpired`, `LinkRefused`, `FeatureOff`, `RateLimited`.
         """
+        self._ensure_on()
         await self._limits.link_from(origin)
         check_device(device)
         now = self._clock.now()
