@@ -36,6 +36,7 @@ from whispr.services.messaging.models import (
     SendResult,
     UnknownUser,
 )
+from whispr.services.messaging.service import flusher
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.devices import Devices
 from whispr.services.messaging.service.directory import Directory
@@ -411,6 +412,25 @@ async def test_pace_and_backlog_are_bounded(database: Callable[[str], str], valk
         outcomes = await asyncio.gather(*(bench.outcome(device.draft(conversation_id)) for device in others))
         assert [type(outcome) for outcome in outcomes] == [SendResult] * 4 + [Overloaded] * 2
     await cache.close()
+
+
+async def test_who_comes_behind_a_long_queue_is_refused_at_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue is bounded by the time it takes, not by its length alone: nobody waits for seconds to be refused."""
+    monkeypatch.setattr(flusher, "MAX_WAIT", 0.1)
+    monkeypatch.setattr(flusher, "MAX_BATCH", 1)
+    conversation_id, one, _ = await bench.pair()
+    await bench.sending.send(one.draft(conversation_id))
+    flood = [asyncio.create_task(bench.outcome(one.draft(conversation_id))) for _ in range(300)]
+    late: list[asyncio.Task[SendResult | Failure]] = []
+    while not all(task.done() for task in flood):
+        await asyncio.sleep(0.02)
+        late.append(asyncio.create_task(bench.outcome(one.draft(conversation_id))))
+    outcomes = await asyncio.gather(*late)
+    assert any(isinstance(outcome, Overloaded) for outcome in outcomes)
+    assert {type(task.result()) for task in flood} == {SendResult}
+    assert isinstance(await bench.outcome(one.draft(conversation_id)), SendResult)
 
 
 async def test_nodes_writing_to_one_conversation_share_one_order(

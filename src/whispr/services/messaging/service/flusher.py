@@ -53,6 +53,9 @@ SPACING: Final = 0.008
 _BUSY_BATCH: Final = 8
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
+# Seconds. A message that would wait for longer behind others is better refused at once and sent again.
+MAX_WAIT: Final = 1.5
+
 STATEMENT_TIMEOUT: Final = 5.0
 
 _REFUSALS: Final[dict[store.Outcome, type[Failure]]] = {
@@ -163,6 +166,7 @@ class Flusher:
         self._verified: deque[Admitted] = deque()
         self._has_arrived = asyncio.Event()
         self._has_verified = asyncio.Event()
+        self._stored_at = 0.0
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -176,6 +180,14 @@ class Flusher:
         """How long the oldest message that waits for its turn has waited."""
         oldest = [queue[0].submitted_at for queue in (self._arrived, self._verified) if queue]
         return time.monotonic() - min(oldest) if oldest else 0.0
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether more comes than can be stored: batches are, and yet what is next has waited for long.
+
+        While nothing is stored because the database is away, messages wait for it within their patience.
+        """
+        return self.waiting_seconds() > MAX_WAIT and time.monotonic() - self._stored_at < MAX_WAIT / 2
 
     def add(self, admitted: Admitted) -> None:
         """Store it with the next batch, and call its `on_done` when that is decided."""
@@ -267,6 +279,7 @@ class Flusher:
             self._on_doubt()
             self._refuse(batch, SendingUnavailable())
             return
+        self._stored_at = time.monotonic()
         events: list[CommittedEvent] = []
         for admitted, stored in zip(batch, answers, strict=True):
             if stored is None:

@@ -138,7 +138,7 @@ class Sending:
         `Restricted` (the sender has written too much), or
         `Unavailable` (nothing is known; the same draft may be sent again).
         """
-        if self._flusher.backlog + self._queued >= self._max_backlog:
+        if self._flusher.backlog + self._queued >= self._max_backlog or self._flusher.is_behind:
             on_done(Overloaded())
             return
         try:
