@@ -250,8 +250,8 @@ async def test_any_device_comes_to_what_a_fresh_fetch_shows(people: People) -> N
         kept = device.client.history.messages(conversation)
         assert [state_of(message) for message in kept] == [state_of(message) for message in fresh]
         pins = await device.client.rest.pins(conversation)
-        assert {p.message_id: p.pinned_by for p in device.client.history.pins(conversation)} == {
-            p.message_id: p.pinned_by for p in pins
+        assert {p.message_id: p for p in device.client.history.pins(conversation)} == {
+            p.message_id: p for p in pins
         }
 
 

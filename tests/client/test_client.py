@@ -21,6 +21,7 @@ from tests.stack import PASSWORD, Stack
 from whispr.client import ApiError, Unreachable, WhisprClient, demo
 from whispr.client.backoff import Backoff
 from whispr.client.crypto.prekeys import LOW, PQ_STOCK, ROTATE_AFTER, STOCK
+from whispr.client.demo import stage
 from whispr.client.events import ChatMessage, ConversationEvent, Notice
 from whispr.client.socket import SocketOptions
 from whispr.client.store import KdfCost, Store
@@ -538,9 +539,16 @@ async def test_the_demonstration_is_right(stack: Stack, monkeypatch: pytest.Monk
             url, store, socket_url=stack.socket_url, transport=Gateway(stack), now=stack.clock.time, **options
         )
 
-    monkeypatch.setattr(demo, "WhisprClient", client)
+    async def tick() -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            stack.clock.advance(0.1)
+
+    monkeypatch.setattr(stage, "WhisprClient", client)
     out = io.StringIO()
-    code = await demo.run("http://gateway", Console(file=out, width=120))
+    ticking = asyncio.create_task(tick())
+    code = await demo.run("http://gateway", Console(file=out, width=120), stack.clock.time)
+    ticking.cancel()
     assert code == 0, out.getvalue()
     assert "checks passed" in out.getvalue()
 

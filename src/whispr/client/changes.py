@@ -11,6 +11,8 @@ import logging
 from typing import Any
 from uuid import UUID
 
+import msgspec
+
 from whispr.client.conversations import Conversations
 from whispr.client.crypto.engine import Engine
 from whispr.client.events import ChatMessage
@@ -57,7 +59,8 @@ class Changes:
         elif message.is_deleted:
             pass  # the entry is from before the deletion, which took all of this with it
         elif name == "message_pinned":
-            self._history.pin(conversation_id, Pin(message_id, UUID(payload["user_id"])))
+            pin = {**payload, "pinned_by": payload["user_id"]}
+            self._history.pin(conversation_id, msgspec.convert(pin, Pin))
         else:
             user_id, present = UUID(payload["user_id"]), name == "reaction_added"
             return self._history.react(message, str(payload["reaction"]), user_id, present=present)

@@ -173,6 +173,7 @@ class ScheduledMessage(msgspec.Struct, frozen=True):
 class Pin(msgspec.Struct, frozen=True):
     message_id: UUID
     pinned_by: UUID
+    pinned_at: datetime | None = None
 
 
 class Report(msgspec.Struct, frozen=True):
