@@ -9,6 +9,7 @@ from whispr.kit.batching import Batcher
 from whispr.kit.db import Connection, Database
 from whispr.services.messaging.models import (
     CommittedEvent,
+    ConversationNotFound,
     EventsPage,
     Membership,
     MessagesPage,
@@ -26,7 +27,10 @@ _CONVERSATIONS_AT_ONCE = 100
 
 
 class History:
-    """Reads of the log. Each takes the `Membership` that allows it and honours its floor."""
+    """Reads of the log. Each takes the `Membership` that allows it and honours its floor.
+
+    Raises `ConversationNotFound` if the membership has ended meanwhile.
+    """
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -58,7 +62,7 @@ class History:
         With both, the last ones between them; with neither, the newest.
         """
         async with self._db.connection() as connection:
-            head = await self._head(connection, membership)
+            membership, head = await self._place(connection, membership)
             after = max(membership.floor_seq, after_seq or 0)
             if after_seq is not None and before_seq is None:
                 items = await store.messages_after(connection, membership.conversation_id, after, head, limit)
@@ -75,7 +79,7 @@ class History:
         """Up to `limit` events after `after_seq`, in dense order. `more` counts up to `until_seq` or the head."""
         epoch = await self.epoch()
         async with self._db.connection() as connection:
-            head = await self._head(connection, membership)
+            membership, head = await self._place(connection, membership)
             after = max(membership.floor_seq, after_seq)
             until = head if until_seq is None else min(until_seq, head)
             items = await store.log(connection, membership.conversation_id, after, until, limit)
@@ -86,9 +90,13 @@ class History:
     async def log(
         self, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
     ) -> list[CommittedEvent]:
-        """Events with `after_seq < seq <= until_seq`, for the delivery within the server: nobody's floor applies."""
+        """Events with `after_seq < seq <= until_seq`, for the delivery within the server: nobody's floor applies.
+
+        What is purged is left out, so the first one may come later.
+        """
         async with self._db.connection() as connection:
-            return await store.log(connection, conversation_id, after_seq, until_seq, limit)
+            after = max(after_seq, await conversations.purged_until(connection, conversation_id))
+            return await store.log(connection, conversation_id, after, until_seq, limit)
 
     async def undelivered(
         self, user_id: UUID, device_id: UUID, limit: int = 50
@@ -136,7 +144,11 @@ class History:
                 conversation_id, items, head_seq, more=from_seq < head_seq, truncated=truncated
             )
 
-    async def _head(self, connection: Connection, membership: Membership) -> int:
-        # Read before the items: everything up to it is committed, so the page has no hole that fills up later.
-        heads = await conversations.heads(connection, [membership.conversation_id])
-        return heads.get(membership.conversation_id, 0)
+    async def _place(self, connection: Connection, membership: Membership) -> tuple[Membership, int]:
+        # Read before the items: everything up to the head is committed, so the page has no hole that fills up later. And
+        # read together with the membership: what comes after a removal that happens now is past this head.
+        asked = membership.conversation_id, membership.user_id
+        (place,) = await opening.memberships(connection, [asked])
+        if place is None:
+            raise ConversationNotFound
+        return place

@@ -76,17 +76,6 @@ async def insert(tx: Connection, report: Report) -> bool:
     return bool(stored)
 
 
-async def of_reporter(connection: Connection, reporter_id: UUID, after: UUID, limit: int) -> list[Report]:
-    """Reports that the person made, in the order of their ids, from `after`."""
-    records = await connection.fetch(
-        f"SELECT {_COLUMNS} FROM message_reports WHERE reporter_id = $1 AND id > $2 ORDER BY id LIMIT $3",
-        reporter_id,
-        after,
-        limit,
-    )
-    return [_row(record) for record in records]
-
-
 async def forget_reporter(tx: Connection, reporter_id: UUID) -> None:
     """Drop what the person reported."""
     await tx.execute("DELETE FROM message_reports WHERE reporter_id = $1", reporter_id)
