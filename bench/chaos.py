@@ -25,7 +25,7 @@ from bench.rooms import Room, check, settle
 from bench.usage import parts
 
 TARGETS = ("messaging", "postgres", "valkey", "auth", "user")
-CALM_SECONDS = 15.0
+CALM_SECONDS = 20.0
 """Devices go on until everything runs again, so that what was in flight is acknowledged and not given up."""
 
 

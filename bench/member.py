@@ -181,7 +181,10 @@ class Member:
             except Unreachable:
                 pass
             except ApiError as refusal:
-                if not refusal.passing and refusal.code not in PASSING:
+                if refusal.code == "internal":
+                    # It may be repeated, and is a defect all the same.
+                    self.troubles.append(f"internal error: {refusal.detail} {dict(refusal.fields)}")
+                elif not refusal.passing and refusal.code not in PASSING:
                     raise
             self.wishes.uncertain.add(about)
             if stop.is_set():
@@ -261,7 +264,7 @@ class Member:
         client_id, payload = signed_payload(self.person, self.conversation, self.others)
         document = msgspec.json.decode(payload)
         document["conversation_id"] = self.conversation
-        due = datetime.now(UTC) + timedelta(seconds=random.uniform(2, 8))
+        due = datetime.now(UTC) + timedelta(seconds=random.uniform(10, 20))
         document["send_at"] = due.isoformat()
         if await self._keep_at(stop, client_id, lambda: self.rest.schedule_message(document)) is None:
             return False
@@ -311,6 +314,6 @@ EVERYTHING = {
     "react": 1.5,
     "pin": 0.5,
     "schedule": 0.3,
-    "membership": 0.3,
+    "membership": 1.0,
 }
 """What people do, by weight."""

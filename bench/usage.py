@@ -14,17 +14,22 @@ from bench.instance import Instance
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Seconds of processor so far, and bytes of memory now. `pss` counts a page shared by n processes as 1/n."""
+    """Seconds of processor so far, and bytes of memory now.
+
+    `pss` counts a page shared by n processes as 1/n; `own` is the part of it that is neither a file nor memory made to
+    be shared, such as PostgreSQL's page cache, which fills up to its bound whatever happens.
+    """
 
     cpu: float
     rss: int
     pss: int
+    own: int
 
     def __add__(self, other: Use) -> Use:
-        return Use(self.cpu + other.cpu, self.rss + other.rss, self.pss + other.pss)
+        return Use(self.cpu + other.cpu, self.rss + other.rss, self.pss + other.pss, self.own + other.own)
 
 
-NOTHING = Use(0.0, 0, 0)
+NOTHING = Use(0.0, 0, 0, 0)
 
 
 def parts(instance: Instance) -> dict[str, list[int]]:
@@ -64,11 +69,15 @@ def _of(process: psutil.Process) -> Use:
     # Children that have ended count too: PostgreSQL's checkpoints and connections come and go.
     times = process.cpu_times()
     cpu = times.user + times.system + times.children_user + times.children_system
-    return Use(cpu, process.memory_info().rss, _pss(process.pid))
+    sizes = _proportional(process.pid)
+    return Use(cpu, process.memory_info().rss, sizes["Pss"], sizes["Pss_Anon"])
 
 
-def _pss(pid: int) -> int:
+def _proportional(pid: int) -> dict[str, int]:
+    """Bytes by the names of the kernel."""
+    sizes = {"Pss": 0, "Pss_Anon": 0}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        name, _, value = line.partition(":")
+        if name in sizes:
+            sizes[name] = int(value.split()[0]) * 1024
+    return sizes
