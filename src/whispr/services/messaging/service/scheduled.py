@@ -279,7 +279,7 @@ def _check_open(plan: Plan) -> None:
     if plan.status is PlanStatus.SENT:
         raise AlreadySent(message_id=str(plan.message_id))
     if not plan.status.is_open:
-        raise NotPending(status=plan.status.value)
+        raise NotPending(scheduled_status=plan.status.value)
 
 
 def _is_offered_again(plan: Plan, change: PlanChange) -> bool:
