@@ -108,10 +108,13 @@ async def test_events_travel_with_their_contents(
         CommittedEvent(room, 1, "new_message", b'{"seq":1}', Content(b'{"ciphertext":"YQ=="}', None)),
         CommittedEvent(room, 2, "new_message", b'{"seq":2}', Content(None, devices)),
         CommittedEvent(room, 3, "member_added", b'{"seq":3}'),
+        CommittedEvent(
+            room, 4, "message_edited", b'{"seq":4,"message":{}}', Content(b"{}", None), message_seq=1
+        ),
     ]
     one.bus.publish(events)
     assert one.got == events, "at once where it was committed"
-    await until(lambda: len(two.got) == 3)
+    await until(lambda: len(two.got) == 4)
     assert two.got == events
     await asyncio.sleep(0.05)
     assert one.got == events, "its own echo is not taken for news"

@@ -6,6 +6,7 @@ import json
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,9 +14,12 @@ from whispr.services.messaging.models import (
     CommittedEvent,
     Message,
     MessageHead,
+    Reaction,
+    edited_event,
     message_event,
     render_event,
     render_message,
+    seen_above,
     split_content,
 )
 
@@ -92,3 +96,38 @@ def test_events_carry_their_payload() -> None:
         "event": "member_removed",
         "payload": {"seq": 3},
     }
+
+
+def test_an_edit_holds_the_message_as_each_device_gets_it() -> None:
+    one, two = uuid4(), uuid4()
+    envelopes = {str(device): {"type": "message", "body": "QQ=="} for device in (one, two)}
+    stored = message(json.dumps({"commitment": "Qg==", "envelopes": envelopes}).encode())
+    stored = msgspec.structs.replace(
+        stored,
+        head=msgspec.structs.replace(
+            stored.head, edited_device_id=two, reactions=(Reaction('"}', (one, two)),)
+        ),
+    )
+    event = edited_event(9, stored)
+    for device in (one, two, uuid4()):
+        assert json.loads(render_event(event, device)) == {
+            "seq": 9,
+            "event": "message_edited",
+            "payload": {"seq": 9, "message": json.loads(render_message(stored, device))},
+        }
+
+
+def test_an_edit_below_the_floor_shows_nothing() -> None:
+    event = edited_event(9, message(b'{"ciphertext":"QQ=="}'))
+    assert seen_above(event, 6) is event
+    assert json.loads(render_event(seen_above(event, 7), uuid4())) == {
+        "seq": 9,
+        "event": "message_deleted",
+        "payload": {
+            "seq": 9,
+            "message_id": json.loads(event.payload)["message"]["id"],
+            "deleted_by": None,
+        },
+    }
+    other = CommittedEvent(uuid4(), 3, "member_removed", b'{"seq":3}')
+    assert seen_above(other, 7) is other

@@ -353,6 +353,8 @@ class EventBus:
                         log.error("log_has_a_hole", after=feed.head, until=until)
                         feed.known = feed.head
                         return
+                    # What was purged before this node heard of it is nobody's to see any more.
+                    feed.head = max(feed.head, events[0].seq - 1)
                     self._advance(conversation_id, feed, events)
         except Failure as failure:
             log.warning("fill_failed", code=failure.code)

@@ -115,6 +115,14 @@ async def heads(connection: Connection, conversation_ids: Sequence[UUID]) -> dic
     return {record["id"]: record["last_seq"] for record in records}
 
 
+async def purged_until(connection: Connection, conversation_id: UUID) -> int:
+    """The `seq` of the last event that was removed for ever, 0 if none was."""
+    until: int | None = await connection.fetchval(
+        "SELECT purged_seq FROM conversations WHERE id = $1", conversation_id
+    )
+    return until or 0
+
+
 async def update_metadata(tx: Connection, conversation_id: UUID, metadata: dict[str, Any]) -> None:
     """Replace the metadata; its event sets the time of the change."""
     await tx.execute("UPDATE conversations SET metadata = $2 WHERE id = $1", conversation_id, metadata)

@@ -118,15 +118,16 @@ async def log(
 
     An edit is shown with the message as it is now: the log never keeps what a message once was.
     """
+    # Numbers are dense, so nothing past after_seq + limit can be among the first `limit` events.
+    until = min(until_seq, after_seq + limit)
     other = await connection.fetch(
         """
         SELECT seq, event, payload FROM conversation_events
-        WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq LIMIT $4
+        WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq
         """,
         conversation_id,
         after_seq,
-        until_seq,
-        limit,
+        until,
     )
     events = await _with_edited(
         connection,
@@ -136,12 +137,10 @@ async def log(
             for record in other
         ],
     )
-    # Numbers are dense, so no message past after_seq + limit can be among the first `limit` events.
-    until = min(until_seq, after_seq + limit)
     messages = await messages_after(connection, conversation_id, after_seq, until, limit)
     events.extend(message_event(message) for message in messages)
     events.sort(key=lambda event: event.seq)
-    return events[:limit]
+    return events
 
 
 async def _with_edited(
