@@ -126,7 +126,8 @@ async def test_from_the_socket(stack: Stack, connect: Open) -> None:
     assert (await shown(ann, reply["scheduled_id"]))["client_id"] == draft["client_id"]
     refused = await line.refused(topic, "new_message", message(ann, chat, send_at=at(stack, -1)))
     assert refused["reason"] == "invalid_send_at"
-    for nonsense in ("2026-11-21T04:00:00", "soon", 5, {}, "0001-01-01T00:00:00+14:00"):
+    nonsenses: tuple[Any, ...] = ("2026-11-21T04:00:00", "soon", 5, {}, "0001-01-01T00:00:00+14:00")
+    for nonsense in nonsenses:
         refused = await line.refused(topic, "new_message", message(ann, chat, send_at=nonsense))
         assert refused["reason"] in ("invalid_request", "invalid_payload", "invalid_send_at"), refused
     stack.clock.advance(31)
@@ -174,9 +175,9 @@ async def test_refusals(stack: Stack) -> None:
     assert_problem(await cid.post("/messages", cid.draft(chat, send_at=later)), 404, "conversation_not_found")
     plan = await schedule(ann, chat)
     path = f"/scheduled-messages/{plan['id']}"
-    for method, body in (("GET", None), ("PATCH", {"send_at": later}), ("DELETE", None)):
-        assert_problem(await ben.call(method, path, json=body), 404, "scheduled_not_found")
-    for body, status, code in (
+    for method in ("GET", "PATCH", "DELETE"):
+        assert_problem(await ben.call(method, path, json={"send_at": later}), 404, "scheduled_not_found")
+    bodies: tuple[tuple[dict[str, Any], int, str], ...] = (
         ({"send_at": at(stack, -5)}, 422, "invalid_send_at"),
         ({"content": {"ciphertext": "eA=="}}, 422, "invalid_content"),
         ({"content": {"ciphertext": "eA=="}, "signature": "?"}, 422, "bad_signature"),
@@ -184,8 +185,9 @@ async def test_refusals(stack: Stack) -> None:
         ({"reply_to_id": str(uuid4())}, 422, "reply_not_found"),
         ({"expires_in": 0}, 422, "invalid_request"),
         ({"send_at": "soon"}, 422, "invalid_request"),
-    ):
-        assert_problem(await ann.patch(path, body), status, code)
+    )
+    for change, status, code in bodies:
+        assert_problem(await ann.patch(path, change), status, code)
     assert await shown(ann, plan["id"]) == plan
 
 
