@@ -419,15 +419,18 @@ async def test_housekeeping_forgets_what_was_brought_and_old_links(rules_url: st
     clock = ManualClock()
     async with rules(rules_url, valkey_url, clock) as auth:
         _, tokens = await register(auth)
-        link = await auth.links.begin(caller_of(tokens), PASSWORD, Codes())
-        await auth.links.claim(link.token, new_device(), ORIGIN)
+        claimed = await auth.links.begin(caller_of(tokens), PASSWORD, Codes())
+        await auth.links.claim(claimed.token, new_device(), ORIGIN)
+        _, others = await register(auth)
+        waiting = await auth.links.begin(caller_of(others), PASSWORD, Codes(), "a key")
         clock.advance(121)
         await auth.housekeeping.clean()
         async with auth.links._db.connection() as connection:
-            query = "SELECT status, device FROM device_links WHERE id = $1"
-            row = await connection.fetchrow(query, link.id)
-            assert row is not None
-            assert tuple(row) == ("expired", None)
+            query = "SELECT status, device, token_sealed FROM device_links WHERE id = $1"
+            for link in (claimed, waiting):
+                row = await connection.fetchrow(query, link.id)
+                assert row is not None
+                assert tuple(row) == ("expired", None, None)
             clock.advance(366 * 86400)
             await auth.housekeeping.clean()
             assert await connection.fetchrow(query, link.id) is None

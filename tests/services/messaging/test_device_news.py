@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.services.messaging.door import Door
 from tests.services.messaging.line import Line
-from tests.stack import Node, Stack
+from tests.stack import PASSWORD, DeviceKeys, Node, Stack
 
 CHANGED = "device_list_changed"
 
@@ -94,3 +94,22 @@ async def test_a_new_push_token_is_no_news(stack: Stack, doors: list[Door], line
     assert answer.status_code == 204, answer.text
     await asyncio.sleep(0.3)
     assert not lines[3].has(f"user:{companion.id}", CHANGED)
+
+
+async def test_a_person_is_told_of_a_device_that_asks_to_be_linked(
+    stack: Stack, doors: list[Door], lines: list[Line]
+) -> None:
+    anna, stranger = doors[0], doors[1]
+    await lines[0].join(f"user:{anna.id}")
+    await lines[1].join(f"user:{stranger.id}")
+    link = f"{stack.auth.url}/api/v1/devices/link"
+    begun = await stack.http.post(link, json={"password": PASSWORD}, headers=anna.person.headers)
+    claim = {"token": begun.json()["token"], "device": DeviceKeys().registration(name="New phone")}
+    assert (await stack.http.post(f"{link}/claim", json=claim)).status_code == 202
+    assert await lines[0].next(f"user:{anna.id}", "device_link_claimed") == {
+        "link_id": begun.json()["link_id"],
+        "device_id": str(anna.person.device_id),
+        "name": "New phone",
+        "platform": "desktop",
+    }
+    assert not lines[1].has(f"user:{stranger.id}", "device_link_claimed")

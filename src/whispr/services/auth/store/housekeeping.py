@@ -88,7 +88,7 @@ async def expire_links(connection: Connection, now: datetime) -> None:
     """Forget what was brought to links whose time is over."""
     await connection.execute(
         """
-        UPDATE device_links SET status = 'expired', device = NULL
+        UPDATE device_links SET status = 'expired', device = NULL, request_digest = NULL, token_sealed = NULL
         WHERE status IN ('waiting', 'claimed', 'confirmed') AND expires_at <= $1
         """,
         now,

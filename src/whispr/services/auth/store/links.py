@@ -81,7 +81,8 @@ async def replace_open(tx: Connection, account_id: UUID, by_device_id: UUID, now
     """Refuse the unfinished links that this device has begun: one device links one at a time."""
     await tx.execute(
         """
-        UPDATE device_links SET status = 'refused', device = NULL, expires_at = $3
+        UPDATE device_links
+        SET status = 'refused', device = NULL, request_digest = NULL, token_sealed = NULL, expires_at = $3
         WHERE account_id = $1 AND by_device_id = $2 AND status IN ('waiting', 'claimed', 'confirmed')
         """,
         account_id,
@@ -119,9 +120,13 @@ async def lock_by_token(tx: Connection, token_digest: bytes) -> Link | None:
 async def claim(
     tx: Connection, link_id: UUID, device: NewDevice, check_code: str, expires_at: datetime
 ) -> None:
+    """Note what a device brought. The sealed token has served: nobody is given it again."""
     await tx.execute(
         """
-        UPDATE device_links SET status = 'claimed', device = $2, check_code = $3, expires_at = $4 WHERE id = $1
+        UPDATE device_links
+        SET status = 'claimed', device = $2, check_code = $3, request_digest = NULL, token_sealed = NULL,
+            expires_at = $4
+        WHERE id = $1
         """,
         link_id,
         device,
@@ -142,7 +147,11 @@ async def count_wrong_confirm(tx: Connection, link_id: UUID) -> None:
 
 async def refuse(tx: Connection, link_id: UUID, now: datetime) -> None:
     await tx.execute(
-        "UPDATE device_links SET status = 'refused', device = NULL, expires_at = $2 WHERE id = $1",
+        """
+        UPDATE device_links
+        SET status = 'refused', device = NULL, request_digest = NULL, token_sealed = NULL, expires_at = $2
+        WHERE id = $1
+        """,
         link_id,
         now,
     )
