@@ -152,7 +152,7 @@ async def test_strangers_and_nonsense_topics_are_refused(stack: Stack, connect: 
         ("new_message", {"media_ids": ["00000000-0000-0000-0000-000000000000"] * 101}, "invalid_payload"),
         ("new_message", {"expires_in": 0}, "invalid_payload"),
         ("new_message", {"expires_in": 2**31}, "invalid_payload"),
-        ("new_message", {"send_at": "2030-01-01T00:00:00Z"}, "scheduling_unavailable"),
+        ("new_message", {"send_at": "2030-01-01T00:00:00Z"}, "invalid_send_at"),
         ("mark_as_read", {"seq": -1}, "invalid_payload"),
         ("mark_as_read", {"seq": 2**63}, "invalid_payload"),
         ("mark_as_delivered", {"seq": "1"}, "invalid_payload"),

@@ -104,7 +104,7 @@ async def test_sending_again_answers_the_first_message(stack: Stack) -> None:
         ({"expires_in": 0}, 422, "invalid_request"),
         ({"expires_in": 2**31}, 422, "invalid_request"),
         ({"media_ids": [str(uuid4())] * 101}, 422, "invalid_request"),
-        ({"send_at": "2030-01-01T00:00:00Z"}, 503, "scheduling_unavailable"),
+        ({"send_at": "2030-01-01T00:00:00Z"}, 422, "invalid_send_at"),
     ],
 )
 async def test_bad_messages_are_refused(stack: Stack, change: dict[str, Any], status: int, code: str) -> None:
