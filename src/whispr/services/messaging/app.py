@@ -305,12 +305,17 @@ def _follow_live(context: Context, settings: MessagingSettings, pace: SendingPac
     live = context.live
 
     def take() -> None:
-        rate = live.value("message_rate", settings.message_rate)
-        burst = live.value("message_burst", settings.message_burst)
-        pace.device.change(rate, burst)
-        reads.change(
-            live.value("read_rate", settings.read_rate), live.value("read_burst", settings.read_burst)
-        )
+        for name, limit in (
+            ("message", pace.device),
+            ("user", pace.user),
+            ("member", pace.member),
+            ("conversation", pace.conversation),
+            ("read", reads),
+        ):
+            rate, burst = f"{name}_rate", f"{name}_burst"
+            limit.change(
+                live.value(rate, getattr(settings, rate)), live.value(burst, getattr(settings, burst))
+            )
 
     live.on_change(take)
     context.limiter.adjust("conversations", lambda usual: live.value("conversations_per_hour", usual))

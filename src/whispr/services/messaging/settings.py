@@ -19,6 +19,12 @@ class MessagingLive(LiveSettings):
     scheduled_messages: bool = True
     message_rate: PositiveFloat | None = None
     message_burst: PositiveInt | None = None
+    user_rate: PositiveFloat | None = None
+    user_burst: PositiveInt | None = None
+    member_rate: PositiveFloat | None = None
+    member_burst: PositiveInt | None = None
+    conversation_rate: PositiveFloat | None = None
+    conversation_burst: PositiveInt | None = None
     read_rate: PositiveFloat | None = None
     read_burst: PositiveInt | None = None
     conversations_per_hour: PositiveInt | None = None
