@@ -9,11 +9,12 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 
 from tests.client.test_client import Device, People, name, until
 from tests.stack import Stack
-from whispr.client import ApiError, Expires, Unreachable
+from whispr.client import ApiError, Expires, Store, Unreachable
 from whispr.client.crypto.engine import Payload
 from whispr.client.events import ChatMessage
 from whispr.client.history import sorted_reactions
@@ -290,3 +291,55 @@ async def test_a_scheduled_message_follows_a_device_that_came_in_between(people:
     assert ada.client.store.keys("scheduled") == []
     await ada.client.outbox.send(conversation, Payload("text", "and on"))
     await ben.hears("happy birthday!", "and on")
+
+
+async def test_a_scheduled_message_waits_for_the_device_that_can_encrypt_it(people: People) -> None:
+    """Its time comes while that device is away and the devices have changed."""
+    ada, bens_name = await people.new(), name()
+    ben = await people.new(bens_name)
+    conversation = await ada.client.direct(bens_name)
+    later = people.stack.clock.now() + timedelta(minutes=1)
+    scheduled = await ada.client.schedule_text(conversation, "in the end", later)
+    await ada.client.offline()
+    new = await people.another(bens_name)
+    people.stack.clock.advance(61)
+    async with asyncio.timeout(10):
+        while [s.status async for s in ada.client.rest.scheduled_messages()] != ["needs_reencrypt"]:
+            await asyncio.sleep(0.05)
+    assert ben.texts() == []
+    ada.client.online()
+    for device in (ben, new, ada):
+        await device.hears("in the end")
+        assert device.seqs() == [1]
+    assert [(s.id, s.status) async for s in ada.client.rest.scheduled_messages()] == [(scheduled, "sent")]
+
+
+async def test_a_message_whose_scheduling_was_cut_off_is_scheduled_once(people: People) -> None:
+    store = Store()
+    ada, ben = await people.new(store=store), await people.new()
+    conversation = await ada.client.direct(ben.client.user_id)
+    later = people.stack.clock.now() + timedelta(minutes=1)
+    handle = ada.gateway.handle_async_request
+
+    async def losing(request: httpx.Request) -> httpx.Response:
+        answer = await handle(request)
+        if request.url.path == "/api/v1/messages":
+            raise KeyboardInterrupt  # the process ends here
+        return answer
+
+    ada.gateway.handle_async_request = losing  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        await ada.client.schedule_text(conversation, "once", later)
+    ada.gateway.handle_async_request = handle  # type: ignore[method-assign]
+    await ada.client.stop()
+    again = await people.again(store)
+    async with asyncio.timeout(10):
+        while not again.client.schedule.ids():
+            await asyncio.sleep(0.05)
+    (known,) = again.client.schedule.ids()
+    assert [s.id async for s in again.client.rest.scheduled_messages()] == [known]
+    people.stack.clock.advance(61)
+    await ben.hears("once")
+    await again.hears("once")
+    assert ben.seqs() == [1]
+    assert again.client.schedule.ids() == []

@@ -103,6 +103,11 @@ class Schedule:
             if item is not None:
                 self._forget(item.client_id)
 
+    def ids(self) -> list[UUID]:
+        """Of what this device has scheduled and the server has not sent."""
+        items = [self._store.load(_SPACE, key, Waiting) for key in self._store.keys(_SPACE)]
+        return [item.id for item in items if item is not None and item.id is not None]
+
     def sent(self, client_id: UUID) -> None:
         """The log has a message of this device."""
         if self._store.get(_SPACE, str(client_id)) is not None:
