@@ -419,6 +419,91 @@ async def test_the_loop_sleeps_until_the_next_and_is_woken_by_an_earlier_one(
     await asyncio.gather(running, return_exceptions=True)
 
 
+async def test_a_message_stored_while_the_loop_looks_is_not_forgotten(
+    ages: Ages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 60.0)
+    node, ann, bob = ages.node(), uuid4(), uuid4()
+    group = await ages.group(ann, bob)
+    find = store.next_due
+    sent: list[MessageHead] = []
+
+    async def find_slowly(connection: Any) -> Any:
+        found = await find(connection)
+        if not sent:
+            sent.append(await ages.send(group, ann, expires_in=1))
+            node.expiry.expects(sent[0])
+        return found
+
+    monkeypatch.setattr(store, "next_due", find_slowly)
+    running = asyncio.create_task(node.expiry.run())
+    async with asyncio.timeout(5):
+        while not sent:
+            await asyncio.sleep(0.02)
+        ages.clock.advance(1)
+        while not await is_erased(ages, sent[0]):
+            await asyncio.sleep(0.02)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_the_loop_goes_on_after_the_database_was_away(
+    ages: Ages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 60.0)
+    node, ann, bob = ages.node(), uuid4(), uuid4()
+    group = await ages.group(ann, bob)
+    head = await ages.send(group, ann, expires_in=1)
+    ages.clock.advance(1)
+    find, failures = store.due_conversations, 3
+
+    async def away(*arguments: Any) -> Any:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise Unavailable
+        return await find(*arguments)
+
+    monkeypatch.setattr(store, "due_conversations", away)
+    running = asyncio.create_task(node.expiry.run())
+    async with asyncio.timeout(5):
+        while not await is_erased(ages, head):
+            await asyncio.sleep(0.02)
+    assert failures == 0
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_readings_cost_one_look_where_nothing_disappears(
+    ages: Ages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "IDLE_SECONDS", 60.0)
+    monkeypatch.setattr(module, "GATHER_SECONDS", 0.01)
+    node, ann, bob = ages.node(), uuid4(), uuid4()
+    group = await ages.group(ann, bob)
+    head = await ages.send(group, ann)
+    looks = {"any_awaits_readers": 0, "start_seconds": 0, "due_conversations": 0, "next_due": 0}
+    for name in looks:
+        real = getattr(store, name)
+
+        async def counted(*arguments: Any, name: str = name, real: Any = real) -> Any:
+            looks[name] += 1
+            return await real(*arguments)
+
+        monkeypatch.setattr(store, name, counted)
+    running = asyncio.create_task(node.expiry.run())
+    async with asyncio.timeout(5):
+        while looks["next_due"] == 0:
+            await asyncio.sleep(0.01)
+        while looks["any_awaits_readers"] < 5:
+            node.expiry.reconsider(group)
+            await asyncio.sleep(0.01)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert (looks["start_seconds"], looks["due_conversations"], looks["next_due"]) == (0, 1, 1)
+    assert head.expires_in is None
+
+
 async def test_everybody_sees_a_message_disappear(stack: Stack) -> None:
     ann, bob = (Door(stack, one) for one in await asyncio.gather(stack.register(), stack.register()))
     direct = await ann.direct(bob)

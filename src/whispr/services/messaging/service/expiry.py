@@ -83,22 +83,35 @@ class Expiry:
     async def run(self) -> None:
         """Begin seconds and erase what is due, for ever."""
         loop = asyncio.get_running_loop()
+        look_at = float("-inf")
         while True:
             self._woken.clear()
             try:
                 if loop.time() >= self._swept_at + SWEEP_SECONDS:
                     # What a crash left between a reading and the beginning of the seconds.
                     await self.sweep()
-                    self._swept_at = loop.time()
-                await self.begin_seconds()
-                await self.erase_due()
-                async with self._db.connection() as connection:
-                    self._next = await store.next_due(connection)
+                    self._swept_at = look_at = loop.time()
+                # Readings wake the loop all the time; where nothing disappears they cost one look.
+                if await self.begin_seconds() or self._is_due() or loop.time() >= look_at:
+                    await self.erase_due()
+                    await self._find_next()
+                    look_at = loop.time() + IDLE_SECONDS
             except Failure as failure:
                 log.warning("expiry_postponed", code=failure.code)
+                self._next = self._clock.now()
             await asyncio.sleep(GATHER_SECONDS)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), self._seconds_left())
+
+    async def _find_next(self) -> None:
+        self._next = None
+        async with self._db.connection() as connection:
+            found = await store.next_due(connection)
+        # A message that was stored meanwhile has put itself down, and the query may not have seen it.
+        self._next = min((due for due in (found, self._next) if due is not None), default=None)
+
+    def _is_due(self) -> bool:
+        return self._next is not None and self._next <= self._clock.now()
 
     def _seconds_left(self) -> float:
         if self._next is None:
