@@ -207,7 +207,7 @@ class Stretch(msgspec.Struct, frozen=True):
 
 async def outdated_stretch(tx: Connection, held: Held, before: datetime, limit: int) -> Stretch:
     """What of the first `limit` entries after the last purge is older than `before`, up to the first that is not."""
-    record = await tx.fetchrow(
+    (record,) = await tx.fetch(
         """
         WITH entry AS (
             SELECT seq, sent_at AS at, true AS counts FROM messages

@@ -52,7 +52,7 @@ async def conversations_made(connection: Connection, start: datetime, end: datet
 
 async def messages_scheduled(connection: Connection, start: datetime, end: datetime) -> Count:
     """Messages that were scheduled from `start` to before `end`, whenever they are sent."""
-    record = await connection.fetchrow(
+    (record,) = await connection.fetch(
         """
         SELECT 'scheduled', count(*), count(DISTINCT sender_id) FROM scheduled_messages
         WHERE created_at >= $1 AND created_at < $2
@@ -65,7 +65,7 @@ async def messages_scheduled(connection: Connection, start: datetime, end: datet
 
 async def messages_reported(connection: Connection, start: datetime, end: datetime) -> Count:
     """Reports of messages from `start` to before `end`."""
-    record = await connection.fetchrow(
+    (record,) = await connection.fetch(
         """
         SELECT 'reported', count(*), count(DISTINCT reporter_id) FROM message_reports
         WHERE created_at >= $1 AND created_at < $2
