@@ -9,6 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
+from tests.services.messaging.ages import Ages
 from tests.services.messaging.door import Door, assert_problem, signature_of
 from tests.stack import Stack
 
@@ -21,6 +22,7 @@ from whispr.services.messaging.service import export as module
 from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.export import EXPORTS_PER_DAY, Export
 from whispr.services.messaging.service.history import History
+from whispr.services.messaging.store import views
 
 
 async def people(stack: Stack, count: int) -> list[Door]:
@@ -172,17 +174,45 @@ async def test_strangers_get_nothing(stack: Stack, headers: dict[str, str]) -> N
     assert_problem(answer, 401, "unauthenticated" if not headers else "invalid_token")
 
 
-class NoViews:
-    """People without conversations have none to show."""
+class Views:
+    """Conversations without anybody's wishes for privacy."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
 
     async def get(self, conversation_id: UUID, user_id: UUID) -> ConversationView:
-        raise ConversationNotFound
+        async with self._db.connection() as connection:
+            view = await views.view(connection, conversation_id, user_id)
+        if view is None:
+            raise ConversationNotFound
+        return view
 
 
 def limited(db: Database, cache: Cache) -> Export:
     clock = ManualClock()
     limiter = RateLimiter(cache, enabled=True)
-    return Export(db, clock, Directory(db, cache, clock), History(db), NoViews(), limiter)
+    return Export(db, clock, Directory(db, cache, clock), History(db), Views(db), limiter)
+
+
+async def test_whoever_is_removed_meanwhile_gets_no_further_page(
+    ages: Ages, messaging_cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MESSAGES_AT_ONCE", 2)
+    ann, bob = uuid4(), uuid4()
+    groups = [await ages.group(ann, bob) for _ in range(2)]
+    for group in groups:
+        for _ in range(6):
+            await ages.send(group, ann)
+    got: dict[str, int] = Counter()
+    item: dict[str, Any] = {}
+    async for line in await limited(ages.db, messaging_cache).begin(bob, uuid4()):
+        item = json.loads(line)
+        if item["type"] == "message":
+            got[item["message"]["conversation_id"]] += 1
+            if got[str(groups[0])] == 3:
+                await ages.leave(groups[0], bob)
+    assert got == {str(groups[0]): 4, str(groups[1]): 6}
+    assert item["is_complete"] is True
 
 
 async def test_a_few_a_day_are_enough(messaging_db: Database, messaging_cache: Cache) -> None:

@@ -134,7 +134,7 @@ class Expiry:
                     some = ids[at : at + _CONVERSATIONS_AT_ONCE]
                     begun += await store.start_seconds(connection, some, self._clock.now())
                 return begun
-        except Failure:
+        except Exception:
             self._unsettled |= unsettled
             raise
 
