@@ -39,15 +39,25 @@ class GetProfilesResponse(_message.Message):
     profiles: _containers.RepeatedCompositeFieldContainer[Profile]
     def __init__(self, profiles: _Optional[_Iterable[_Union[Profile, _Mapping]]] = ...) -> None: ...
 
+class ContactPair(_message.Message):
+    __slots__ = ("sender_id", "recipient_id")
+    SENDER_ID_FIELD_NUMBER: _ClassVar[int]
+    RECIPIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    sender_id: str
+    recipient_id: str
+    def __init__(self, sender_id: _Optional[str] = ..., recipient_id: _Optional[str] = ...) -> None: ...
+
 class CheckContactabilityRequest(_message.Message):
-    __slots__ = ("sender_id", "recipient_ids", "purpose")
+    __slots__ = ("sender_id", "recipient_ids", "purpose", "pairs")
     SENDER_ID_FIELD_NUMBER: _ClassVar[int]
     RECIPIENT_IDS_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    PAIRS_FIELD_NUMBER: _ClassVar[int]
     sender_id: str
     recipient_ids: _containers.RepeatedScalarFieldContainer[str]
     purpose: str
-    def __init__(self, sender_id: _Optional[str] = ..., recipient_ids: _Optional[_Iterable[str]] = ..., purpose: _Optional[str] = ...) -> None: ...
+    pairs: _containers.RepeatedCompositeFieldContainer[ContactPair]
+    def __init__(self, sender_id: _Optional[str] = ..., recipient_ids: _Optional[_Iterable[str]] = ..., purpose: _Optional[str] = ..., pairs: _Optional[_Iterable[_Union[ContactPair, _Mapping]]] = ...) -> None: ...
 
 class Contactability(_message.Message):
     __slots__ = ("user_id", "exists", "allowed", "reason", "knows_sender")

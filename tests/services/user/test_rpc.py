@@ -154,6 +154,33 @@ async def test_contactability_and_presence(stack: Stack, neighbours: Neighbours)
     ]
 
 
+async def test_contactability_of_pairs(stack: Stack, neighbours: Neighbours) -> None:
+    ada, bob, eve = [await stack.register() for _ in range(3)]
+    await put(stack, bob, "blocks", eve)
+    await put(stack, bob, "contacts", ada)
+    client = neighbours.client("messaging")
+    stranger = uuid4()
+    pairs = [
+        (ada.user_id, bob.user_id),
+        (eve.user_id, bob.user_id),
+        (bob.user_id, eve.user_id),
+        (ada.user_id, stranger),
+        (eve.user_id, ada.user_id),
+        (ada.user_id, bob.user_id),
+    ]
+    known = Contactability(bob.user_id, True, True, "ok", knows_sender=True)
+    assert await client.check_pairs(pairs, "message") == [
+        known,
+        Contactability(bob.user_id, True, False, "blocked"),
+        Contactability(eve.user_id, True, False, "blocked"),
+        Contactability(stranger, False, False, "unknown"),
+        Contactability(ada.user_id, True, True, "ok"),
+        known,
+    ]
+    assert await client.check_pairs([], "message") == []
+    assert len(await client.check_pairs(pairs * 200, "message")) == 1_200
+
+
 async def test_more_ids_than_a_batch_holds_are_split(stack: Stack, neighbours: Neighbours) -> None:
     ada, bob = await stack.register(), await stack.register()
     many = [uuid4() for _ in range(1500)]

@@ -97,11 +97,27 @@ class UserClient:
             answer = await self._channel.call(
                 self._stub.CheckContactability, request, timeout=2.0, idempotent=True
             )
-            for item in answer.results:
-                user_id = UUID(item.user_id)
-                results[user_id] = Contactability(
-                    user_id, item.exists, item.allowed, _reason(item.reason), item.knows_sender
-                )
+            for item in map(_contactability, answer.results):
+                results[item.user_id] = item
+        return results
+
+    async def check_pairs(
+        self, pairs: Sequence[tuple[UUID, UUID]], purpose: Literal["message", "group"]
+    ) -> list[Contactability]:
+        """May the sender write to the recipient, or add them to a group, for pairs of the two, in order?"""
+        results: list[Contactability] = []
+        for start in range(0, len(pairs), BATCH):
+            request = user_pb2.CheckContactabilityRequest(
+                purpose=purpose,
+                pairs=[
+                    user_pb2.ContactPair(sender_id=str(sender_id), recipient_id=str(recipient_id))
+                    for sender_id, recipient_id in pairs[start : start + BATCH]
+                ],
+            )
+            answer = await self._channel.call(
+                self._stub.CheckContactability, request, timeout=2.0, idempotent=True
+            )
+            results += map(_contactability, answer.results)
         return results
 
     async def presence_visibility(
@@ -215,6 +231,12 @@ def _question_batches(
             size += weight
     if batch:
         yield batch
+
+
+def _contactability(item: user_pb2.Contactability) -> Contactability:
+    return Contactability(
+        UUID(item.user_id), item.exists, item.allowed, _reason(item.reason), item.knows_sender
+    )
 
 
 def _profile(item: user_pb2.Profile) -> Profile:

@@ -40,9 +40,17 @@ class UserServicer(user_pb2_grpc.UserServiceServicer):
         self, request: user_pb2.CheckContactabilityRequest, context: Call
     ) -> user_pb2.CheckContactabilityResponse:
         purpose: Purpose = read_choice("purpose", request.purpose, get_args(Purpose))
-        results = await self._service.relations.contactability(
-            read_id("sender_id", request.sender_id), read_ids("recipient_ids", request.recipient_ids), purpose
-        )
+        relations = self._service.relations
+        if request.pairs:
+            pairs = [
+                (read_id("sender_id", pair.sender_id), read_id("recipient_id", pair.recipient_id))
+                for pair in request.pairs
+            ]
+            results = await relations.contactability_of(pairs, purpose)
+        else:
+            sender_id = read_id("sender_id", request.sender_id)
+            recipient_ids = read_ids("recipient_ids", request.recipient_ids)
+            results = await relations.contactability(sender_id, recipient_ids, purpose)
         return user_pb2.CheckContactabilityResponse(
             results=[
                 user_pb2.Contactability(

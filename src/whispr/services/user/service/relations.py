@@ -124,12 +124,23 @@ class Relations:
                 for item in await store.related_profiles(conn, sender_id, recipient_ids)
             }
         return [
-            Contactability(
-                user_id,
-                _reason(sender_id, found.get(user_id), purpose),
-                knows_sender=user_id in found and found[user_id].knows_viewer,
-            )
+            _contactability(sender_id, user_id, found.get(user_id), purpose)
             for user_id in dict.fromkeys(recipient_ids)
+        ]
+
+    async def contactability_of(
+        self, pairs: Sequence[tuple[UUID, UUID]], purpose: Purpose
+    ) -> list[Contactability]:
+        """May the sender write to the recipient, or add them to a group, for at most 1,000 pairs of the two, in order?"""
+        await self._directory.ensure([recipient_id for _, recipient_id in pairs])
+        now = self._clock.now()
+        async with self._database.connection() as conn:
+            senders = list({sender_id for sender_id, _ in pairs})
+            await store.touch(conn, senders, now, now - ACTIVITY_GRAIN)
+            found = await store.related_pairs(conn, pairs)
+        return [
+            _contactability(sender_id, recipient_id, related, purpose)
+            for (sender_id, recipient_id), related in zip(pairs, found, strict=True)
         ]
 
     async def presence_visibility(
@@ -180,6 +191,16 @@ def _page(owner_id: UUID, items: list[Relation], limit: int) -> RelationPage:
     more = len(items) > limit
     items = items[:limit]
     return RelationPage(items, Position(items[-1].created_at, items[-1].user.user_id) if more else None)
+
+
+def _contactability(
+    sender_id: UUID, user_id: UUID, found: RelatedProfile | None, purpose: Purpose
+) -> Contactability:
+    return Contactability(
+        user_id,
+        _reason(sender_id, found, purpose),
+        knows_sender=found is not None and found.knows_viewer,
+    )
 
 
 def _reason(sender_id: UUID, found: RelatedProfile | None, purpose: Purpose) -> Reason:
