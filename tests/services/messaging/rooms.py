@@ -97,17 +97,15 @@ class Users:
         self.away = False
         self.asked = 0
 
-    async def check_contactability(
-        self, sender_id: UUID, recipient_ids: Collection[UUID], purpose: str
-    ) -> Mapping[UUID, _Answer]:
+    async def check_pairs(self, pairs: Collection[tuple[UUID, UUID]], purpose: str) -> list[_Answer]:
         assert purpose == "message"
         self.asked += 1
         if self.away:
             raise Unavailable
-        return {
-            other: _Answer(self.reasons.get((sender_id, other), "ok"), (other, sender_id) in self.contacts)
-            for other in recipient_ids
-        }
+        return [
+            _Answer(self.reasons.get((sender, other), "ok"), (other, sender) in self.contacts)
+            for sender, other in pairs
+        ]
 
 
 async def make_conversation(

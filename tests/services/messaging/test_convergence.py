@@ -65,6 +65,12 @@ class Friends:
     ) -> Mapping[UUID, _Friendly]:
         return {user_id: _Friendly() for user_id in recipient_ids}
 
+    async def check_pairs(self, pairs: Collection[tuple[UUID, UUID]], purpose: str) -> list[_Friendly]:
+        return [_Friendly() for _ in pairs]
+
+    async def blocked(self, user_id: UUID, others: Collection[UUID]) -> frozenset[UUID]:
+        return frozenset()
+
     def meet(self, user_id: UUID, strangers: int) -> None:
         """Nobody turns to too many."""
 
@@ -99,7 +105,9 @@ class Node:
         self.reactions = Reactions(structure, self.sending)
         self.pins = Pins(structure, self.sending)
         self.members = Members(
-            structure, ReadReceipts(friends, self.cache, clock), RateLimiter(self.cache, enabled=False)
+            structure,
+            ReadReceipts(friends, friends, self.cache, clock),
+            RateLimiter(self.cache, enabled=False),
         )
         self.expiry = Expiry(self.db, clock, self.bus.publish, self.bus.suspect, lambda: None)
         self.retention = Retention(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import msgspec
@@ -12,6 +13,7 @@ import msgspec
 from whispr.kit.cache import Cache
 from whispr.kit.clock import ManualClock
 from whispr.kit.errors import Unavailable
+from whispr.services.messaging.models import MemberView, Role
 from whispr.services.messaging.service.directory import HINTS
 from whispr.services.messaging.service.privacy import ReadReceipts
 
@@ -37,11 +39,24 @@ class Profiles:
         return [Profile(user, self.shown[user]) for user in user_ids if user in self.shown]
 
 
+@dataclass
+class Apart:
+    """Who has blocked whom."""
+
+    people: frozenset[UUID] = frozenset()
+    away: bool = False
+
+    async def blocked(self, user_id: UUID, others: Collection[UUID]) -> frozenset[UUID]:
+        if self.away:
+            raise Unavailable
+        return self.people & frozenset(others)
+
+
 async def test_answers_are_remembered_for_a_minute(messaging_cache: Cache) -> None:
     ann, bob = uuid4(), uuid4()
     profiles = Profiles({ann: True, bob: False})
     clock = ManualClock()
-    read_receipts = ReadReceipts(profiles, messaging_cache, clock)
+    read_receipts = ReadReceipts(profiles, Apart(), messaging_cache, clock)
     assert await read_receipts.hidden([ann, bob]) == {bob}
     profiles.shown = {ann: False, bob: True}
     clock.advance(59)
@@ -54,7 +69,7 @@ async def test_answers_are_remembered_for_a_minute(messaging_cache: Cache) -> No
 async def test_nobody_is_shown_while_user_cannot_say(messaging_cache: Cache) -> None:
     ann, gone = uuid4(), uuid4()
     profiles = Profiles({ann: True}, away=True)
-    read_receipts = ReadReceipts(profiles, messaging_cache, ManualClock())
+    read_receipts = ReadReceipts(profiles, Apart(), messaging_cache, ManualClock())
     assert await read_receipts.hidden([ann]) == {ann}
     profiles.away = False
     assert await read_receipts.hidden([ann, gone]) == {gone}
@@ -63,7 +78,7 @@ async def test_nobody_is_shown_while_user_cannot_say(messaging_cache: Cache) -> 
 async def test_a_changed_profile_is_asked_for_again(messaging_cache: Cache) -> None:
     ann = uuid4()
     profiles = Profiles({ann: True})
-    read_receipts = ReadReceipts(profiles, messaging_cache, ManualClock())
+    read_receipts = ReadReceipts(profiles, Apart(), messaging_cache, ManualClock())
     read_receipts.start()
     while HINTS not in messaging_cache.subscribed:
         await asyncio.sleep(0.01)
@@ -74,3 +89,21 @@ async def test_a_changed_profile_is_asked_for_again(messaging_cache: Cache) -> N
     async with asyncio.timeout(5):
         while not await read_receipts.hidden([ann]):
             await asyncio.sleep(0.01)
+
+
+def view(user_id: UUID) -> MemberView:
+    return MemberView(user_id, Role.MEMBER, datetime.now(UTC), 5, 4)
+
+
+async def test_people_who_are_kept_apart_see_no_watermarks(messaging_cache: Cache) -> None:
+    ann, bob, cid = uuid4(), uuid4(), uuid4()
+    relations = Apart(frozenset({ann, bob}))
+    profiles = Profiles(dict.fromkeys((ann, bob, cid), True))
+    read_receipts = ReadReceipts(profiles, relations, messaging_cache, ManualClock())
+    shown = await read_receipts.mask([view(ann), view(bob), view(cid)], ann)
+    assert [(item.delivered_seq, item.read_seq) for item in shown] == [(5, 4), (0, None), (5, 4)]
+    pair = await read_receipts.mask_for_join([view(ann), view(bob)], ann)
+    assert [(item.delivered_seq, item.read_seq) for item in pair] == [(5, 4), (0, None)]
+    relations.away = True
+    shown = await read_receipts.mask([view(ann), view(bob), view(cid)], ann)
+    assert [(item.delivered_seq, item.read_seq) for item in shown] == [(5, 4), (0, None), (0, None)]

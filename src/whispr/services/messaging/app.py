@@ -84,7 +84,8 @@ async def build(context: Context) -> Service:
         max_conversations=settings.cached_conversations,
         max_members=settings.cached_members,
     )
-    read_receipts = ReadReceipts(user, context.cache, clock)
+    contact = Contact(user, clock)
+    read_receipts = ReadReceipts(user, contact, context.cache, clock)
     history = History(database)
     receipts = Receipts(database, clock)
     bus = EventBus(context.cache, history)
@@ -144,7 +145,6 @@ async def build(context: Context) -> Service:
         stateless=True,
     )
     devices = Devices(auth, clock)
-    contact = Contact(user, clock)
     signatures = SignatureChecker(settings.signature_processes)
     pace = _pace(settings, context)
     sending = Sending(

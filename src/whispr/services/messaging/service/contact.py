@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final, Literal, Protocol
 from uuid import UUID
 
@@ -25,10 +24,10 @@ class Contactability(Protocol):
 class ContactSource(Protocol):
     """Who knows relations: a client of user."""
 
-    async def check_contactability(
-        self, sender_id: UUID, recipient_ids: Sequence[UUID], purpose: Literal["message", "group"]
-    ) -> Mapping[UUID, Contactability]:
-        """By recipient; at most 1,000 at a time."""
+    async def check_pairs(
+        self, pairs: Sequence[tuple[UUID, UUID]], purpose: Literal["message", "group"]
+    ) -> Sequence[Contactability]:
+        """For pairs of sender and recipient, in order."""
 
 
 Pair = tuple[UUID, UUID]
@@ -81,16 +80,8 @@ class Contact:
         self._reasons.expire()
 
     async def _fetch(self, pairs: list[Pair]) -> dict[Pair, str]:
-        by_sender: defaultdict[UUID, list[UUID]] = defaultdict(list)
-        for sender_id, recipient_id in pairs:
-            by_sender[sender_id].append(recipient_id)
-        reasons: dict[Pair, str] = {}
-        for sender_id, recipient_ids in by_sender.items():
-            answers = await self._source.check_contactability(sender_id, recipient_ids, "message")
-            for recipient_id in recipient_ids:
-                answer = answers.get(recipient_id)
-                reasons[sender_id, recipient_id] = "unknown" if answer is None else _told(answer)
-        return reasons
+        answers = await self._source.check_pairs(pairs, "message")
+        return {pair: _told(answer) for pair, answer in zip(pairs, answers, strict=True)}
 
 
 def _told(answer: Contactability) -> str:

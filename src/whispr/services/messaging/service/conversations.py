@@ -31,7 +31,7 @@ from whispr.services.messaging.models import (
     check_document,
 )
 from whispr.services.messaging.service.members import Members
-from whispr.services.messaging.service.privacy import ReadReceipts, without_reading
+from whispr.services.messaging.service.privacy import ReadReceipts, without_marks, without_reading
 from whispr.services.messaging.service.structure import Structure, describe, require
 from whispr.services.messaging.store import conversations as store
 from whispr.services.messaging.store import members as member_store
@@ -40,6 +40,10 @@ from whispr.services.messaging.store.expiry import set_retention
 
 CREATIONS_PER_HOUR = 200
 """By one person. Whoever has a reason to start more at once is writing to strangers."""
+
+
+CHANGES_PER_HOUR = 300
+"""Of metadata, permissions and retention by one person: each is told to everybody in the conversation."""
 
 
 class Conversations:
@@ -88,7 +92,7 @@ class Conversations:
         async with self._db.connection() as connection:
             existing = await store.find_direct(connection, key)
         if existing is None:
-            await self._structure.ensure_contactable(creator_id, [peer_id], "message")
+            await self._structure.approach(creator_id, [peer_id], "message")
             conversation_id = uuid7()
             now = self._structure.clock.now()
             async with self._db.transaction() as tx:
@@ -116,7 +120,7 @@ class Conversations:
         existing = await self._find_created(key, digest, creator_id)
         if existing is not None:
             return existing, False
-        await self._structure.ensure_contactable(creator_id, others, "group")
+        await self._structure.approach(creator_id, others, "group")
         conversation_id = uuid7()
         now = self._structure.clock.now()
         async with self._db.transaction() as tx:
@@ -186,8 +190,11 @@ class Conversations:
     async def _mask(self, shown: Sequence[ConversationView], user_id: UUID) -> list[ConversationView]:
         people = {member.user_id for view in shown for member in view.members or ()}
         hidden = await self._read_receipts.hidden(people - {user_id})
+        apart = await self._read_receipts.apart(user_id, people - {user_id})
         return [
-            msgspec.structs.replace(view, members=view.members and without_reading(view.members, hidden))
+            msgspec.structs.replace(
+                view, members=view.members and without_marks(without_reading(view.members, hidden), apart)
+            )
             for view in shown
         ]
 
@@ -205,12 +212,15 @@ class Conversations:
 
         With a retention of None messages are kept as long as this server keeps any.
 
-        Raises `ConversationNotFound`, `NotAGroup`, `NotAllowed`, `ConversationClosed`, `InvalidDocument`,
-        `DocumentTooLarge`.
+        Raises `ConversationNotFound`, `NotAGroup`, `NotAllowed`, `ConversationClosed`, `Blocked`, `ContactsOnly`,
+        `InvalidDocument`, `DocumentTooLarge`, `RateLimited`.
         """
         for document in (metadata, settings):
             if document is not None:
                 check_document(document)
+        if metadata is not None or permissions or retention_seconds is not msgspec.UNSET:
+            await self._limiter.check("conversation_changes", str(user_id), CHANGES_PER_HOUR, 3600)
+            await self._ensure_told(conversation_id, user_id)
         events: list[CommittedEvent] = []
         async with self._db.transaction() as tx:
             row, actor = await self._structure.lock(tx, conversation_id, user_id)
@@ -237,6 +247,17 @@ class Conversations:
         if events:
             await self._structure.committed(conversation_id, events)
         return await self.get(conversation_id, user_id)
+
+    async def _ensure_told(self, conversation_id: UUID, user_id: UUID) -> None:
+        """What is changed in a direct conversation is told to the other one, so it takes as much as a message does."""
+        async with self._db.connection() as connection:
+            row = await store.get(connection, conversation_id)
+            if row is None or row.type is not ConversationType.DIRECT:
+                return
+            people = await member_store.active_ids(connection, conversation_id)
+        if user_id in people:
+            others = [other for other in people if other != user_id]
+            await self._structure.ensure_contactable(user_id, others, "message")
 
     async def remove(self, conversation_id: UUID, user_id: UUID) -> None:
         """Leave a group, or as its owner close it; take a direct or closed conversation out of the own list.

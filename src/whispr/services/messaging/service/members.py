@@ -63,7 +63,7 @@ class Members:
         newcomers = [user_id for user_id in wanted if user_id not in present]
         if len(present) + len(newcomers) > MAX_MEMBERS:
             raise TooManyMembers(limit=MAX_MEMBERS)
-        await self._structure.ensure_contactable(actor_id, newcomers, "group")
+        await self._structure.approach(actor_id, newcomers, "group")
         events: list[CommittedEvent] = []
         async with self._db.transaction() as tx:
             row, actor = await self._structure.lock(tx, conversation_id, actor_id)

@@ -101,7 +101,7 @@ class Openings:
             # A large group: the ids are enough, and a cache may have them; what is allowed was read just now.
             conversation = await self._directory.get(conversation_id)
             return Opening(inside.membership, page, inside.recovered, None, frozenset(conversation.members))
-        members = await self._read_receipts.mask(inside.members, user_id)
+        members = await self._read_receipts.mask_for_join(inside.members, user_id)
         ids = frozenset(member.user_id for member in members)
         return Opening(inside.membership, page, inside.recovered, members, ids)
 

@@ -1,10 +1,10 @@
-"""Who keeps their reading private, as `user` says, remembered for a minute."""
+"""What members see of each other's reading: who keeps it private, and who is kept apart from whom, as `user` says."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 from uuid import UUID
 
 import msgspec
@@ -18,6 +18,8 @@ from whispr.services.messaging.models import MemberView
 from whispr.services.messaging.service.directory import HINTS
 
 log = get_logger(__name__)
+
+_PAIR: Final = 2
 
 
 class Profile(Protocol):
@@ -39,20 +41,28 @@ class Profiles(Protocol):
         """The profiles of people; unknown ids are left out."""
 
 
+class Relations(Protocol):
+    """Who knows whom people have blocked."""
+
+    async def blocked(self, user_id: UUID, others: Collection[UUID]) -> frozenset[UUID]:
+        """Those of `others` who are kept apart from `user_id`."""
+
+
 class _Hint(msgspec.Struct):
     kind: str
     user_id: UUID | None = None
 
 
 class ReadReceipts:
-    """Answers who is not to be shown as having read anything."""
+    """Answers who is not to be shown as having read anything. What `user` says is remembered for a minute."""
 
     TTL = 60.0
     MAX_PEOPLE = 200_000
 
-    def __init__(self, profiles: Profiles, cache: Cache, clock: Clock) -> None:
+    def __init__(self, profiles: Profiles, relations: Relations, cache: Cache, clock: Clock) -> None:
         self._profiles = Batcher(self._fetch)
         self._source = profiles
+        self._relations = relations
         self._cache = cache
         self._clock = clock
         self._shown: OrderedDict[UUID, tuple[bool, float]] = OrderedDict()
@@ -74,11 +84,33 @@ class ReadReceipts:
         shown = {user_id for user_id in user_ids if self._is_shown(user_id, now)}
         return frozenset(user_ids) - shown
 
+    async def apart(self, viewer_id: UUID, others: Collection[UUID]) -> frozenset[UUID]:
+        """Those of whom `viewer_id` hears nothing, one having blocked the other. While `user` cannot say, everybody."""
+        try:
+            return await self._relations.blocked(viewer_id, others)
+        except Failure as failure:
+            log.warning("relations_unknown", code=failure.code, people=len(others))
+            return frozenset(others)
+
     async def mask(self, members: Sequence[MemberView], viewer_id: UUID) -> list[MemberView]:
-        """The members as `viewer_id` may see them: `read_seq` is None for those who hide it."""
-        return without_reading(
-            members, await self.hidden({member.user_id for member in members} - {viewer_id})
-        )
+        """The members as `viewer_id` may see them.
+
+        `read_seq` is None for those who hide it. Of those who are kept apart from the viewer there is no `delivered_seq`
+        either: it is 0.
+        """
+        others = {member.user_id for member in members} - {viewer_id}
+        hidden = await self.hidden(others)
+        return without_marks(without_reading(members, hidden), await self.apart(viewer_id, others))
+
+    async def mask_for_join(self, members: Sequence[MemberView], viewer_id: UUID) -> list[MemberView]:
+        """As `mask`, but in a group without asking who is kept apart.
+
+        Everybody who opens a group would ask about every pair in it; there, a look by REST leaves out more than a join.
+        """
+        if len(members) <= _PAIR:
+            return await self.mask(members, viewer_id)
+        hidden = await self.hidden({member.user_id for member in members} - {viewer_id})
+        return without_reading(members, hidden)
 
     def _is_shown(self, user_id: UUID, now: float) -> bool:
         shown, until = self._shown.get(user_id, (False, 0.0))
@@ -111,5 +143,13 @@ def without_reading(members: Sequence[MemberView], hidden: Collection[UUID]) -> 
     """The members, with `read_seq` None for those in `hidden`."""
     return [
         msgspec.structs.replace(member, read_seq=None) if member.user_id in hidden else member
+        for member in members
+    ]
+
+
+def without_marks(members: Sequence[MemberView], apart: Collection[UUID]) -> list[MemberView]:
+    """The members, with no watermarks of those in `apart`."""
+    return [
+        msgspec.structs.replace(member, delivered_seq=0, read_seq=None) if member.user_id in apart else member
         for member in members
     ]

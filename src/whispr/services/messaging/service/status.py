@@ -32,8 +32,13 @@ class Status:
             statuses = await history.message_status(
                 connection, head.conversation_id, head.seq, head.sender_id
             )
-        hidden = await self._read_receipts.hidden({item.user_id for item in statuses} - {user_id})
-        return [
-            msgspec.structs.replace(item, read_at=None) if item.user_id in hidden else item
-            for item in statuses
-        ]
+        others = {item.user_id for item in statuses} - {user_id}
+        hidden = await self._read_receipts.hidden(others)
+        apart = await self._read_receipts.apart(user_id, others)
+        return [_shown(item, hidden, apart) for item in statuses]
+
+
+def _shown(status: RecipientStatus, hidden: frozenset[UUID], apart: frozenset[UUID]) -> RecipientStatus:
+    if status.user_id in apart:
+        return RecipientStatus(status.user_id, None, None)
+    return msgspec.structs.replace(status, read_at=None) if status.user_id in hidden else status

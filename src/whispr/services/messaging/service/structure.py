@@ -123,12 +123,21 @@ class Structure:
         self._approaches = approaches
         self._wake_outbox = wake_outbox
 
-    async def ensure_contactable(
+    async def approach(
         self, sender_id: UUID, user_ids: Collection[UUID], purpose: Literal["message", "group"]
     ) -> None:
-        """Raises `UnknownUser`, `Blocked` or `ContactsOnly`, each with the `user_ids` concerned, or `Restricted`."""
+        """`ensure_contactable` of people the sender turns to for the first time. Raises `Restricted`, too."""
+        verdicts = await self.ensure_contactable(sender_id, user_ids, purpose)
+        strangers = sum(not verdict.knows_sender for verdict in verdicts.values())
+        if strangers:
+            self._approaches.meet(sender_id, strangers)
+
+    async def ensure_contactable(
+        self, sender_id: UUID, user_ids: Collection[UUID], purpose: Literal["message", "group"]
+    ) -> Mapping[UUID, Verdict]:
+        """Raises `UnknownUser`, `Blocked` or `ContactsOnly`, each with the `user_ids` concerned."""
         if not user_ids:
-            return
+            return {}
         verdicts = await self._contacts.check_contactability(sender_id, list(user_ids), purpose)
         refused: dict[str, list[str]] = {}
         for user_id in user_ids:
@@ -143,9 +152,7 @@ class Structure:
             if reason in refused:
                 raise failure(user_ids=refused[reason])
         assert not refused, f"user refuses for an unheard-of reason: {sorted(refused)}"
-        strangers = sum(not verdict.knows_sender for verdict in verdicts.values())
-        if strangers:
-            self._approaches.meet(sender_id, strangers)
+        return verdicts
 
     async def lock(
         self, tx: Connection, conversation_id: UUID, user_id: UUID
