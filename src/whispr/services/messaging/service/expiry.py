@@ -18,7 +18,7 @@ from msgspec import UNSET
 from whispr.kit.clock import Clock
 from whispr.kit.db import Database
 from whispr.kit.errors import Failure
-from whispr.kit.telemetry import get_logger
+from whispr.kit.telemetry import get_logger, metrics
 from whispr.services.messaging.models import CommittedEvent, MessageHead, Watermark
 from whispr.services.messaging.store import changes
 from whispr.services.messaging.store import expiry as store
@@ -34,6 +34,11 @@ SWEEP_SECONDS: Final = 600.0
 _DUE_AT_ONCE: Final = 500
 _CONVERSATIONS_AT_ONCE: Final = 100
 _FIRST: Final = UUID(int=0)
+
+_messages_expired = metrics.counter("messages_expired", "Messages erased because their time was over.")
+_overdue_seconds = metrics.gauge(
+    "messages_overdue_seconds", "By how much the next message to be erased is late already."
+)
 
 
 class Expiry:
@@ -109,6 +114,7 @@ class Expiry:
             found = await store.next_due(connection)
         # A message that was stored meanwhile has put itself down, and the query may not have seen it.
         self._next = min((due for due in (found, self._next) if due is not None), default=None)
+        _overdue_seconds.set(max(0.0, (self._clock.now() - found).total_seconds()) if found else 0.0)
 
     def _is_due(self) -> bool:
         return self._next is not None and self._next <= self._clock.now()
@@ -164,6 +170,7 @@ class Expiry:
             erased += in_this_round
         if erased:
             self._wake_outbox()
+            _messages_expired.inc(erased)
             log.info("messages_expired", messages=erased)
         return erased
 

@@ -10,7 +10,7 @@ from uuid import UUID
 from whispr.kit.clock import Clock
 from whispr.kit.db import Database
 from whispr.kit.errors import Failure
-from whispr.kit.telemetry import get_logger
+from whispr.kit.telemetry import get_logger, metrics
 from whispr.services.messaging.models import CommittedEvent
 from whispr.services.messaging.store import expiry as store
 
@@ -19,6 +19,8 @@ log = get_logger(__name__)
 _LOOKED_AT_ONCE: Final = 1_000
 _ENTRIES_AT_ONCE: Final = 2_000
 _FIRST: Final = UUID(int=0)
+
+_entries_purged = metrics.counter("entries_purged", "Messages and events deleted by retention.")
 
 
 class Retention:
@@ -59,6 +61,7 @@ class Retention:
             after = found.last
         if purged:
             self._wake_outbox()
+            _entries_purged.inc(purged)
             log.info("history_purged", entries=purged)
         return purged
 
