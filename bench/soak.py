@@ -1,8 +1,8 @@
 """An hour of what people do, with reconnects: memory of every process must stay flat, and everything must hold.
 
 Memory is sampled all the time. The first third is warming up: pools, caches and tables of memory fill. From then on a
-line is fitted; a part that would gain more than a tenth of its size, and more than a few megabytes, in an hour is
-growing, and fails the run.
+line is fitted; a part that gains more than a tenth of its size, and more than a few megabytes, along that line is
+growing, and fails the run. Minutes tell little: what fills once, such as pools, still fills then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.usage import Use, cpu_between, used
 
 SAMPLE_SECONDS = 10.0
 LEAST_GROWTH = 8 * 2**20
-"""Bytes an hour below which nothing is said to grow: one more arena of the allocator."""
+"""Bytes below which nothing is said to grow: one more arena of the allocator."""
 
 
 @dataclass
@@ -52,9 +52,9 @@ class Samples:
         return 3600 * together / spread
 
     def is_flat(self, name: str, share: float) -> bool:
-        """Whether what it would gain in an hour is less than `share` of what it has."""
-        size = self.sizes[name][-1]
-        return self.growth(name) < max(LEAST_GROWTH, share * size)
+        """Whether what it gained over the last two thirds, by the line, is less than `share` of what it has."""
+        hours = (self.times[-1] - self.times[len(self.times) // 3]) / 3600
+        return self.growth(name) * hours < max(LEAST_GROWTH, share * self.sizes[name][-1])
 
 
 async def _sample(instance: Instance, samples: Samples, stop: asyncio.Event) -> None:
@@ -149,5 +149,5 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--reconnect", type=float, default=0.5, help="seconds between reconnects of some device"
     )
-    parser.add_argument("--share", type=float, default=0.1, help="growth in an hour that is still flat")
+    parser.add_argument("--share", type=float, default=0.1, help="growth that is still flat")
     return uvloop.run(_measure(parser.parse_args(argv)))
