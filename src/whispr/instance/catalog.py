@@ -91,6 +91,7 @@ ENTRIES = (
             Route("/api/v1/conversations", "messaging"),
             Route("/api/v1/messages", "messaging"),
             Route("/api/v1/scheduled-messages", "messaging"),
+            Route("/api/v1/restrictions", "messaging"),
             Route("/api/v1/export/messaging", "messaging", exact=True, timeout=600.0),
         ),
         ports=("socket",),
