@@ -212,6 +212,20 @@ async def test_whoever_left_changes_nothing(stack: Stack) -> None:
     assert (await anna.ok(path)) == sent
 
 
+async def test_what_is_ones_own_is_taken_back_from_before_one_came_back(stack: Stack) -> None:
+    anna, ben = await new_door(stack), await new_door(stack)
+    topic_id = await anna.group(ben)
+    sent, of_anna = await ben.send(topic_id), await anna.send(topic_id)
+    await ben.delete(f"/conversations/{topic_id}/members/{ben.id}")
+    await anna.post(f"/conversations/{topic_id}/members", {"member_ids": [ben.id], "role": "admin"})
+    path = f"/messages/{sent['id']}"
+    assert_problem(await ben.get(path), 404, "message_not_found")
+    assert_problem(await ben.patch(path, edit_of(ben, sent)), 404, "message_not_found")
+    assert_problem(await ben.delete(f"/messages/{of_anna['id']}"), 404, "message_not_found")
+    assert (await ben.delete(path)).status_code == 204
+    assert (await anna.ok(path))["is_deleted"] is True
+
+
 async def test_blocked_people_cannot_edit_but_can_take_back(stack: Stack) -> None:
     anna, ben = await new_door(stack), await new_door(stack)
     topic_id = await anna.direct(ben)

@@ -10,11 +10,13 @@ from uuid import uuid4
 
 import pytest
 from tests.services.messaging.door import Door, assert_problem
-from tests.services.messaging.test_changes import Open, block, connect
+from tests.services.messaging.test_changes import Open, block, connect, messaging_tables
 from tests.services.messaging.test_channels import conversation, new_door
 from tests.stack import Stack
 
-__all__ = ["connect"]
+from whispr.kit.db import Database
+
+__all__ = ["connect", "messaging_tables"]
 
 
 async def react(door: Door, sent: dict[str, Any], reaction: str, method: str = "PUT") -> Any:
@@ -258,18 +260,25 @@ async def test_who_pins(stack: Stack) -> None:
     assert_problem(await pin(owner, other), 409, "conversation_closed")
 
 
-async def test_a_conversation_has_a_hundred_pins(stack: Stack) -> None:
+async def test_a_conversation_has_a_hundred_pins(stack: Stack, messaging_tables: Database) -> None:
     anna, ben = await new_door(stack), await new_door(stack)
     topic_id = await anna.direct(ben)
-    sent = [await anna.send(topic_id, str(number)) for number in range(101)]
+    sent = [await anna.send(topic_id, str(number)) for number in range(4)]
+    async with messaging_tables.connection() as connection:
+        await connection.execute(
+            "INSERT INTO message_pins SELECT $1, gen_random_uuid(), $2, now() FROM generate_series(1, 98)",
+            topic_id,
+            anna.id,
+        )
     answers = await asyncio.gather(*(pin(anna, message) for message in sent))
-    assert sorted(answer.status_code for answer in answers) == [204] * 100 + [409]
-    refused = next(
-        message for message, answer in zip(sent, answers, strict=True) if answer.status_code == 409
-    )
-    assert_problem(await pin(ben, refused), 409, "too_many_pins")
-    items = (await ben.ok(f"/conversations/{topic_id}/pins", limit=100))["items"]
-    assert {item["message_id"] for item in items} == {m["id"] for m in sent} - {refused["id"]}
+    assert sorted(answer.status_code for answer in answers) == [204, 204, 409, 409]
+    refused = [at for at, answer in enumerate(answers) if answer.status_code == 409]
+    assert_problem(await pin(ben, sent[refused[0]]), 409, "too_many_pins")
+    pinned = [message["id"] for at, message in enumerate(sent) if at not in refused]
+    items = (await ben.ok(f"/conversations/{topic_id}/pins"))["items"]
+    assert {item["message_id"] for item in items} == set(pinned)
+    assert (await pin(anna, {**sent[0], "id": pinned[0]}, "DELETE")).status_code == 204
+    assert (await pin(ben, sent[refused[0]])).status_code == 204
 
 
 @pytest.mark.parametrize(
