@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -9,7 +10,14 @@ from uuid import UUID, uuid4
 
 from whispr.client.crypto.agreement import PrekeyBundle
 from whispr.client.crypto.directory import KnownDevice
-from whispr.client.crypto.engine import BundleNeeded, Engine, Payload, Sealed, UnknownSender
+from whispr.client.crypto.engine import (
+    BundleNeeded,
+    DistributionNeeded,
+    Engine,
+    Payload,
+    Sealed,
+    UnknownSender,
+)
 from whispr.client.crypto.identity import DeviceIdentity
 from whispr.client.crypto.signing import content_sha256
 from whispr.client.encoding import decode_base64, encode_base64
@@ -105,16 +113,32 @@ class Party:
                 )
         return Sent(self, client_id, sealed)
 
-    def text(self, text: str, *others: Party, group: bool = False) -> Sent:
-        sent = self.seal(Payload("text", text), *others, group=group)
-        self.confirm(sent)
-        return sent
+    def text(self, text: str, *others: Party, group: bool = False, client_id: UUID | None = None) -> Sent:
+        """What a client sends to say `text`: the sender key first, to those who lack it."""
+        keys: list[Sent] = []
+        while True:
+            try:
+                sent = self.seal(Payload("text", text), *others, group=group, client_id=client_id)
+            except DistributionNeeded:
+                keys.append(self.seal(Payload("sender_key"), *others, group=True))
+                self.confirm(keys[-1])
+            else:
+                self.confirm(sent)
+                sent.keys = keys
+                return sent
 
     def confirm(self, sent: Sent) -> None:
         with self.store.transaction():
-            self.engine.confirm(self.world.conversation_id, sent.sealed)
+            self.engine.confirm(self.world.conversation_id, sent.sealed, 1)
 
     def open(self, sent: Sent) -> Payload:
+        """In order: the key that went ahead, unless this device has had it already, and the message."""
+        for key in sent.keys:
+            with contextlib.suppress(Undecryptable):
+                self._open(key)
+        return self._open(sent)
+
+    def _open(self, sent: Sent) -> Payload:
         message = sent.message_for(self.device_id)
         try:
             with self.store.transaction():
@@ -137,6 +161,7 @@ class Sent:
     sender: Party
     client_id: UUID
     sealed: Sealed
+    keys: list[Sent] = field(default_factory=list)
 
     @property
     def types(self) -> dict[UUID, str]:

@@ -197,6 +197,27 @@ async def test_the_sender_key_is_replaced_when_a_member_is_removed(people: Peopl
     assert "without Cleo" not in cleo.texts()
 
 
+async def test_a_deleted_text_takes_no_key_with_it(people: People) -> None:
+    """A device was away when a group's first text was sent and deleted; it reads what followed, edits included."""
+    ada, bens_name, cleo = await people.new(), name(), await people.new()
+    ben = await people.new(bens_name)
+    group = await ada.client.group([ben.client.user_id, cleo.client.user_id])
+    await until(lambda: group in ben.client.conversations.ids())
+    await ben.client.offline()
+    first = await ada.client.send_text(group, "first")
+    second = await ada.client.send_text(group, "second")
+    await cleo.hears("first", "second")
+    for number in range(3):
+        await ada.client.send_text(group, f"{number}")
+    await ada.client.edit_text(second.id, "second, edited")
+    await until(lambda: ada.client.history.find(first.id) is not None)
+    await ada.client.actions.delete(first.id)
+    ben.client.online()
+    await ben.hears("second, edited", "0", "1", "2")
+    await until(lambda: shown(ben, first.id).is_deleted)
+    assert [message.error for message in ben.client.history.messages(group)] == [None] * 6
+
+
 async def test_any_device_comes_to_what_a_fresh_fetch_shows(people: People) -> None:
     """A random history by two people on three devices, one of them away most of the time, and one that comes late."""
     chance = random.Random(20261121)

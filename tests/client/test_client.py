@@ -172,13 +172,15 @@ async def test_a_group_shares_sender_keys_and_follows_its_members(people: People
         await device.hears("text 0", "text 1", "text 2", "from Ben")
     page = await cleo.client.rest.messages(group, after_seq=0)
     kinds = [next(iter((m.content.envelopes or {}).values())).type for m in page.items]
-    assert kinds == ["prekey", "sender_key", "sender_key", "prekey"]
+    # Each sender's key goes ahead in a message of its own.
+    assert kinds == ["prekey", "sender_key", "sender_key", "sender_key", "prekey", "sender_key"]
 
     await owner.client.rest.add_members(group, [dan.client.user_id])
     await until(lambda: dan.client.user_id in owner.client.conversations.get(group).members)  # type: ignore[union-attr]
     await owner.client.send_text(group, "welcome Dan")
     await dan.hears("welcome Dan")
-    assert [e.event for e in dan.events] == ["member_added", "new_message"]
+    assert [e.event for e in dan.events] == ["member_added", "new_message", "new_message"]
+    assert [m.kind for m in dan.messages] == ["sender_key", "text"]
 
     chain = owner.client.engine.sender_keys.holders(group)
     assert cleo.client.device_id in chain

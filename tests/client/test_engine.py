@@ -308,9 +308,10 @@ def test_a_recipient_can_prove_what_was_said_and_nothing_else(group: bool) -> No
     world = World()
     alice, bob, carol = world.party(), world.party(), world.party()
     said = Payload("poll", data={"b": [1, 2.5, None], "a": uuid4(), "raw": b"bytes", "at": datetime.now(UTC)})
+    first = alice.text("first", bob, carol, group=group)
+    assert (bob.read(first), carol.read(first)) == ("first", "first")
     for _ in range(2):
         sent = alice.seal(said, bob, carol, group=group)
-        alice.confirm(sent)
         commitment = decode_base64(sent.sealed.content["commitment"])
         for reader in (bob, carol):
             opened = reader.open(sent)
@@ -350,7 +351,9 @@ def test_a_group_gets_one_key_and_then_one_ciphertext() -> None:
     world = World()
     alice, *others = [world.party() for _ in range(5)]
     first = alice.text("with the key", *others, group=True)
-    assert set(first.types.values()) == {"prekey"}
+    (key,) = first.keys
+    assert set(key.types.values()) == {"prekey"}
+    assert set(first.types.values()) == {"sender_key"}
     assert [p.read(first) for p in others] == ["with the key"] * 4
     second = alice.text("shared", *others, group=True)
     assert set(second.types.values()) == {"sender_key"}
@@ -366,9 +369,9 @@ def test_a_group_gets_one_key_and_then_one_ciphertext() -> None:
 def test_an_unconfirmed_distribution_is_sent_again() -> None:
     world = World()
     alice, bob = world.party(), world.party()
-    alice.seal(Payload("text", "the server never took this"), bob, group=True)
+    alice.seal(Payload("sender_key"), bob, group=True)  # the server never took this
     sent = alice.text("this it took", bob, group=True)
-    assert sent.types == {bob.device_id: "prekey"}
+    assert [key.types for key in sent.keys] == [{bob.device_id: "prekey"}]
     assert bob.read(sent) == "this it took"
     assert bob.read(alice.text("next", bob, group=True)) == "next"
 
@@ -379,7 +382,8 @@ def test_a_newcomer_reads_on_but_not_back() -> None:
     before = alice.text("before", bob, group=True)
     middle = alice.text("middle", bob, group=True)
     joined = alice.text("welcome", bob, carol, group=True)
-    assert joined.types == {bob.device_id: "sender_key", carol.device_id: "prekey"}
+    (key,) = joined.keys
+    assert key.types == {bob.device_id: "sender_key", carol.device_id: "prekey"}
     assert carol.read(joined) == "welcome"
     assert [bob.read(s) for s in (before, middle, joined)] == ["before", "middle", "welcome"]
     # Even handed the older ciphertext by the server, the newcomer's chain begins later.
@@ -404,7 +408,8 @@ def test_the_key_is_replaced_when_a_holder_leaves(how: str) -> None:
     elif how == "old chain":
         world.time += MAX_AGE + 1
     after = alice.text("after", *remaining, group=True)
-    assert "sender_key" not in after.types.values()
+    (key,) = after.keys
+    assert "sender_key" not in key.types.values()
     assert [party.read(after) for party in remaining] == ["after"] * len(remaining)
     later = alice.text("later", *remaining, group=True)
     body = later.sealed.content["envelopes"][str(bob.device_id)]
@@ -424,7 +429,8 @@ def test_a_member_who_holds_the_chain_cannot_forge_for_its_owner() -> None:
     genuine = alice.text("genuine", bob, carol, group=True)
     body = genuine.sealed.content["envelopes"][str(bob.device_id)]["body"]
     chain_id, number, ciphertext, signature = msgspec.msgpack.decode(decode_base64(body))
-    tampered = msgspec.msgpack.encode([chain_id, number, ciphertext[:-1] + b"x", signature])
+    spoiled = ciphertext[:-1] + bytes([ciphertext[-1] ^ 1])
+    tampered = msgspec.msgpack.encode([chain_id, number, spoiled, signature])
     forged = msgspec.structs.replace(
         genuine.message_for(bob.device_id),
         content=Content(None, {str(bob.device_id): Envelope("sender_key", encode_base64(tampered))}),
@@ -461,16 +467,26 @@ def test_a_sender_key_reaches_more_devices_than_one_message_can_carry_it_to() ->
     world = World()
     alice = world.party()
     others = [world.party(one_time_keys=1) for _ in range(60)]
-    with pytest.raises(DistributionNeeded):
-        alice.seal(Payload("text", "to all"), *others, group=True)
-    key = alice.seal(Payload("sender_key"), *others, group=True)
-    assert len(canonical_json(key.sealed.content)) <= MAX_CONTENT
-    assert len(key.types) == len(others)
-    alice.confirm(key)
-    assert {party.open(key).kind for party in others} == {"sender_key"}
-    sent = alice.seal(Payload("text", "to all"), *others, group=True)
-    assert set(sent.types.values()) == {"sender_key", "prekey"}
+    sent = alice.text("to all", *others, group=True)
+    assert len(sent.keys) == 2
+    for key in sent.keys:
+        assert len(canonical_json(key.sealed.content)) <= MAX_CONTENT
+        assert len(key.types) == len(others)
+    assert set(sent.types.values()) == {"sender_key"}
     assert [party.read(sent) for party in others] == ["to all"] * 60
+
+
+def test_a_key_that_somebody_may_have_missed_is_replaced_when_history_is_purged() -> None:
+    world = World()
+    alice, bob = world.party(), world.party()
+    sent = alice.text("with the key", bob, group=True)
+    with alice.store.transaction():
+        alice.engine.sender_keys.purged(world.conversation_id, 0)
+    assert alice.text("the same", bob, group=True).keys == []
+    with alice.store.transaction():
+        alice.engine.sender_keys.purged(world.conversation_id, 1)
+    assert len(alice.text("another", bob, group=True).keys) == 1
+    assert bob.read(sent) == "with the key"
 
 
 def test_more_devices_than_one_message_can_carry_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ class Changes:
                 return self._message(conversation_id, name, payload)
             if name == "history_purged":
                 self._history.purge(conversation_id, int(payload["until_seq"]))
+                self._engine.sender_keys.purged(conversation_id, int(payload["until_seq"]))
             elif name == "member_added":
                 self._conversations.change_members(conversation_id, add=UUID(payload["user_id"]))
             elif name == "member_removed":

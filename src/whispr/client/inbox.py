@@ -179,7 +179,8 @@ class Inbox:
         if (message.sender_id, message.client_id) != (known.sender_id, known.client_id):
             log.warning("The server sent a message_edited for a message of somebody else.")
             return known
-        if message.content_sha256 != known.content_sha256:
+        # An edit may be seen first in the place of the message, before the key it needs has come.
+        if message.content_sha256 != known.content_sha256 or known.error is not None:
             chat = self._read(message, incoming)
             if chat.error is not None:
                 self._history.drop_franking_key(message.id)

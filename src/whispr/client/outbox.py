@@ -228,7 +228,7 @@ class Outbox:
             else:
                 with self._store.transaction():
                     if item.sealed is not None:
-                        self._engine.confirm(item.conversation_id, item.sealed)
+                        self._engine.confirm(item.conversation_id, item.sealed, sent.seq)
                     self._store.delete(_SPACE, _key(item))
                 return sent
 

@@ -1,8 +1,9 @@
 """Seals what this device sends and opens what it receives.
 
-A payload travels in one of three forms: pairwise envelopes (direct conversations), group envelopes, where devices
-that hold this device's sender key get the group ciphertext and the others the payload together with the key over
-their pairwise session, and one shared ciphertext when envelopes would be too large and every device holds the key.
+A payload travels in one of three forms: pairwise envelopes (direct conversations), envelopes with the group ciphertext for
+devices that hold this device's sender key, and one shared ciphertext when envelopes would be too large. The key goes
+ahead in messages of its own: had it travelled with a text, deleting or editing the text would take the key from devices
+that were away, and with it all that follows.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class BundleNeeded(CryptoError):
 
 
 class DistributionNeeded(CryptoError):
-    """The content is too large for envelopes; every device must hold the sender key first."""
+    """Every device must hold the sender key first: send a payload of kind `sender_key`."""
 
 
 class UnknownSender(CryptoError):
@@ -141,10 +142,10 @@ class Engine:
     def sign(self, conversation_id: UUID, client_id: UUID, content: dict[str, Any]) -> bytes:
         return self.identity.sign(message_digest(conversation_id, client_id, content_sha256(content)))
 
-    def confirm(self, conversation_id: UUID, sealed: Sealed) -> None:
-        """The server took the message: its readers hold the sender key now."""
+    def confirm(self, conversation_id: UUID, sealed: Sealed, seq: int) -> None:
+        """The server took the message as number `seq`: its readers hold the sender key now."""
         if sealed.chain_id is not None:
-            self.sender_keys.distributed(conversation_id, sealed.chain_id, sealed.given)
+            self.sender_keys.distributed(conversation_id, sealed.chain_id, sealed.given, seq)
 
     def open(self, message: Message) -> Payload:
         """Verify and decrypt. Raises UnknownSender or Undecryptable."""
@@ -186,33 +187,32 @@ class Engine:
     ) -> Sealed:
         self._rotate_if_someone_left(conversation_id, devices)
         holders = self.sender_keys.holders(conversation_id)
+        newcomers = [device for device in devices if device.device_id not in holders]
+        if newcomers and payload.kind != "sender_key":
+            raise DistributionNeeded("the sender key must be distributed first")
         message, distribution = self.sender_keys.encrypt(
             conversation_id,
             pad(msgspec.msgpack.encode(payload)),
             _group_data(conversation_id, client_id, self.device_id),
         )
-        shared = encode_base64(msgspec.msgpack.encode(message))
-        with_key = msgspec.structs.replace(payload, sender_key=distribution)
+        content: dict[str, Any]
         if payload.kind == "sender_key":
-            newcomers = [device for device in devices if device.device_id not in holders]
+            with_key = msgspec.structs.replace(payload, sender_key=distribution)
             content, given = self._hand_out(conversation_id, client_id, with_key, devices, newcomers)
             return Sealed(content, self.sign(conversation_id, client_id, content), message.chain_id, given)
-        envelopes = {}
-        given = {}
-        for device in devices:
-            registration = device.current.registration_id
-            if device.device_id in holders:
-                envelope = {"type": "sender_key", "body": shared, "registration_id": registration}
-            else:
-                given[device.device_id] = registration
-                envelope = self._pairwise(conversation_id, client_id, device, with_key)
-            envelopes[str(device.device_id)] = envelope
+        shared = encode_base64(msgspec.msgpack.encode(message))
+        envelopes = {
+            str(device.device_id): {
+                "type": "sender_key",
+                "body": shared,
+                "registration_id": device.current.registration_id,
+            }
+            for device in devices
+        }
         content = {"envelopes": envelopes, **beside}
         if len(canonical_json(content)) > MAX_CONTENT:
-            if given:
-                raise DistributionNeeded("the sender key must be distributed first")
             content = {"ciphertext": shared, **beside}
-        return Sealed(content, self.sign(conversation_id, client_id, content), message.chain_id, given)
+        return Sealed(content, self.sign(conversation_id, client_id, content))
 
     def _hand_out(
         self,

@@ -71,6 +71,8 @@ class _OwnChain(msgspec.Struct):
     created_at: float
     # Device id to the registration id that was given the chain.
     holders: dict[str, int] = {}
+    # The log's number of the first message that gave it; 0 while there is none.
+    given_at: int = 0
 
 
 class _Chain(msgspec.Struct):
@@ -114,10 +116,17 @@ class SenderKeys:
         self._store.save(_OWN, str(conversation_id), chain)
         return message, distribution
 
-    def distributed(self, conversation_id: UUID, chain_id: bytes, devices: dict[UUID, int]) -> None:
-        """Note that the server took a message that carried the chain to these devices."""
+    def purged(self, conversation_id: UUID, until_seq: int) -> None:
+        """Messages up to `until_seq` are gone: begin anew if the chain was given in one that somebody may have missed."""
+        chain = self._own(conversation_id)
+        if chain is not None and 0 < chain.given_at <= until_seq:
+            self.rotate(conversation_id)
+
+    def distributed(self, conversation_id: UUID, chain_id: bytes, devices: dict[UUID, int], seq: int) -> None:
+        """Note that the server took a message, as number `seq`, that carried the chain to these devices."""
         chain = self._own(conversation_id)
         if chain is not None and chain.chain_id == chain_id:
+            chain.given_at = chain.given_at or seq
             chain.holders.update({str(device): registration for device, registration in devices.items()})
             self._store.save(_OWN, str(conversation_id), chain)
 

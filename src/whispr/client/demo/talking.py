@@ -54,7 +54,7 @@ async def direct(stage: Stage) -> UUID:
 async def group(stage: Stage) -> UUID:
     stage.step(
         "A group of five",
-        "Each device has a sender key; after the first message one ciphertext serves all.",
+        "Each device has a sender key, sent ahead to the others; then one ciphertext serves all.",
     )
     others = [stage.name(owner) for owner in ("Ben", "Cleo", "Dan", "Eve")]
     group = await stage.of("Ada's phone").client.group(others, {"title": "Friday"})
@@ -64,7 +64,7 @@ async def group(stage: Stage) -> UUID:
     await stage.say("Ada's phone", group, "Bring an umbrella.", everyone)
     kinds = await stage.envelope_types("Ben's phone", group)
     stage.console.print(f"   Ben's phone was sent envelopes of the types: {', '.join(kinds)}.", style="dim")
-    stage.check("the group's second message of a device uses its sender key", kinds[-1] == "sender_key")
+    stage.check("the group's texts use sender keys", kinds[-1] == "sender_key")
     return group
 
 
