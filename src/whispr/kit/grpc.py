@@ -219,7 +219,7 @@ class Channel:
     `grpc` is what generated stubs are made from; it follows the certificate's rotation. `call` is how a client calls.
     """
 
-    ATTEMPTS = 4
+    ATTEMPTS = 5
     TRIP_AFTER = 8
     OPEN_SECONDS = 2.0
 
@@ -273,7 +273,8 @@ class Channel:
             # A neighbour that restarts is back within two seconds; the default backoff would look away for minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 1000),
+            # Shorter than the tries of a call together last, or a call could fail on a neighbour that is back already.
+            ("grpc.max_reconnect_backoff_ms", 500),
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.enable_retries", 0),
