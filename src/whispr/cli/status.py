@@ -52,7 +52,7 @@ def examine(record: dict[str, Any]) -> list[dict[str, Any]]:
         url, pid = record[name]["url"], record[name]["pid"]
         parts.append(_part(name, url.rpartition("@")[2], pid, _server_state(url, pid, answers)))
     for name, service in record["services"].items():
-        for number, worker in enumerate(service["workers"], start=1):
+        for number, worker in enumerate(service.get("workers", [service]), start=1):
             state = _readiness(f"{worker['internal']}/readyz") if _alive(worker["pid"]) else "stopped"
             title = name if number == 1 else f"{name}-{number}"
             parts.append(_part(title, service["http"], worker["pid"], state))
