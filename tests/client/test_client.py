@@ -584,9 +584,31 @@ async def test_entries_of_the_log_that_make_no_sense_stop_nothing(people: People
     ada, ben = await people.new(), await people.new()
     conversation = await ada.client.direct(ben.client.user_id)
     await until(lambda: ben.client.live.open(conversation).joined)
-    for seq, event in enumerate(["new_message", "member_added", "member_removed", "of_the_future"], 1):
-        ben.client.live.open(conversation)._on_event(event, msgspec.Raw(b'{"seq":%d,"user_id":"?"}' % seq))
-    await until(lambda: len(ben.events) == 4)
+    names = [
+        "new_message",
+        "message_edited",
+        "message_deleted",
+        "reaction_added",
+        "reaction_removed",
+        "message_pinned",
+        "message_unpinned",
+        "history_purged",
+        "member_added",
+        "member_removed",
+        "of_the_future",
+    ]
+    bodies = [
+        b'"user_id":"?"',
+        b'"message_id":"?","message":{}',
+        b'"message_id":null,"until_seq":[],"message":7',
+    ]
+    entries = [(name, body) for name in names for body in bodies]
+    for seq, (event, body) in enumerate(entries, 1):
+        raw = msgspec.Raw(b'{"seq":%d,%b}' % (seq, body))
+        ben.client.live.open(conversation)._on_event(event, raw)
+    for notice in ("read_synced", "needs_reencrypt", "conversation_added"):
+        ben.client._user_event(notice, {"conversation_id": 7, "scheduled_id": None})
+    await until(lambda: len(ben.events) == len(entries))
     assert ben.messages == []
 
 

@@ -162,6 +162,26 @@ def test_a_journal_of_outdated_records_is_rewritten(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_compacting_leaves_nothing_of_what_was_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    store = open_store(path)
+    with store.transaction():
+        store.put("a", "kept", b"x")
+        store.put("a", "gone", bytes(5000))
+    with store.transaction():
+        store.delete("a", "gone")
+    assert path.stat().st_size > 5000
+    store.compact()
+    assert path.stat().st_size < 1000
+    with store.transaction():
+        store.put("a", "after", b"y")
+    store.close()
+    store = open_store(path)
+    assert store.keys("a") == ["after", "kept"]
+    store.close()
+    Store().compact()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(

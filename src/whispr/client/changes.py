@@ -44,7 +44,7 @@ class Changes:
                 self._conversations.change_members(conversation_id, remove=UUID(payload["user_id"]))
                 # Whoever is gone holds the key of our messages so far; it must open none of the next.
                 self._engine.sender_keys.rotate(conversation_id)
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             log.warning("The server sent a %s that makes no sense.", name)
         return None
 

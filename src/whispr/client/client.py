@@ -38,6 +38,8 @@ from whispr.client.store import Store
 log = logging.getLogger(__name__)
 
 TEND_EVERY: Final = 3600.0
+# Messages often disappear together, and each rewriting of the store costs its whole size.
+SHRED_AFTER: Final = 5.0
 
 
 class WhisprClient:
@@ -185,6 +187,9 @@ class WhisprClient:
             self.live.open(conversation_id)
         self._spawn(inbox.run())
         self._spawn(self._expiry.run())
+        # An earlier run may have ended before it came to it.
+        self.history.erased.set()
+        self._spawn(self._shred())
         self._spawn(self._tend())
         self.outbox.start()
         self.live.start()
@@ -199,6 +204,7 @@ class WhisprClient:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._compact()
         await self.rest.close()
 
     async def offline(self) -> None:
@@ -359,7 +365,7 @@ class WhisprClient:
     def _user_event(self, event: str, payload: dict[str, Any]) -> None:
         try:
             self._follow(event, payload)
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             # It must not stop the connection, which is where this is called from.
             log.warning("The server sent a %s that makes no sense.", event)
         if event != "undelivered":  # pages of what the conversations' own channels bring
@@ -417,6 +423,20 @@ class WhisprClient:
             except ClientError as error:
                 log.warning("Prekeys could not be tended: %s", error)
             await asyncio.sleep(TEND_EVERY)
+
+    async def _shred(self) -> None:
+        while True:
+            await self.history.erased.wait()
+            await asyncio.sleep(SHRED_AFTER)
+            self._compact()
+
+    def _compact(self) -> None:
+        if self.history.erased.is_set():
+            self.history.erased.clear()
+            try:
+                self.store.compact()
+            except OSError as error:
+                log.warning("What was deleted is still in the store's file: %s", error)
 
     async def _dispatch(self, event: ConversationEvent) -> None:
         for callback in list(self._event_callbacks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from uuid import UUID
 
@@ -22,10 +23,11 @@ _UNHANDED = "unhanded_events"
 
 
 class History:
-    """Writes need an open store transaction."""
+    """Writes need an open store transaction. `erased` is set when something must not stay in the store's file."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.erased = asyncio.Event()
 
     def add(self, message: ChatMessage) -> None:
         # The id is part of the key: a server restored from a backup numbers other messages with the same seq.
@@ -140,6 +142,7 @@ class History:
         return [key for key in self._store.keys(_MESSAGES) if key.startswith(prefix)]
 
     def _forget_beside(self, message: ChatMessage) -> None:
+        self.erased.set()
         self.unpin(message.conversation_id, message.id)
         self._store.delete(_FRANKING, str(message.id))
         self._store.delete(_SENT, str(message.client_id))

@@ -7,7 +7,8 @@ or cut out of the middle.
 
 Crash safety: `transaction()` returns after the frame is on the disk (fsync). A crash while a frame is being
 appended leaves an incomplete tail, which belongs to a transaction that never returned and is dropped at the next opening.
-When most of the journal is outdated it is rewritten into a new file that atomically replaces the old one.
+When most of the journal is outdated, or `compact()` is called, it is rewritten into a new file that atomically replaces
+the old one; until then what was deleted is still in it, encrypted.
 
 What encryption cannot do here: whoever may write the file can put an older copy in its place. Ratchets
 would then repeat keys, so a backup of this file must never be restored on a live device.
@@ -85,6 +86,11 @@ class Store:
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
+
+    def compact(self) -> None:
+        """Rewrite the file, so that it holds nothing that was deleted or replaced. Raises OSError, and harms nothing."""
+        if self._journal is not None:
+            self._journal.compact({})
 
     def get(self, space: str, key: str) -> bytes | None:
         if self._writes is not None and (space, key) in self._writes:
@@ -176,7 +182,7 @@ class _Journal:
         self._frames += 1
         if self._size > self._compact_at:
             try:
-                self._compact(writes)
+                self.compact(writes)
             except OSError:
                 # The transaction is on the disk already; a full disk only puts the tidying off.
                 self._compact_at = 2 * self._size
@@ -185,7 +191,7 @@ class _Journal:
         self._file.close()
         self._lock.close()
 
-    def _compact(self, writes: dict[tuple[str, str], bytes | None]) -> None:
+    def compact(self, writes: dict[tuple[str, str], bytes | None]) -> None:
         _apply(self._records, writes)
         old = self._file
         self._file = self._rewrite()
