@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import asyncpg
 import uvloop
@@ -25,6 +25,7 @@ import uvloop
 from bench.instance import Instance, own_instance
 from bench.load import CONTENT_BYTES, Person, connect, register_many
 from bench.plain_http import Connections
+from bench.prepared import make_conversations, messaging_url
 from bench.report import percentile, publish
 from bench.usage import cpu_between, used
 from whispr.kit.db import Database
@@ -48,48 +49,31 @@ _COLUMNS = (
 _ROWS_AT_ONCE = 2_000
 
 
-def _database_url(instance: Instance) -> str:
-    admin: str = instance.run["postgres"]["url"]
-    return admin.rpartition("/")[0] + "/whispr_messaging"
-
-
-async def _fill(url: str, people: list[Person], conversations: list[UUID], each: int) -> float:
-    """Store `each` messages in each conversation, between two of `people`; the seconds it took."""
-    connection = await asyncpg.connect(url)
-    now = datetime.now(UTC)
+async def _fill(
+    instance: Instance, people: list[Person], conversations: int, each: int
+) -> tuple[list[str], float]:
+    """Store `each` messages in each of so many conversations, between two of `people`; their ids, and the seconds."""
     begun = time.monotonic()
-    pairs = [
-        (people[number % PEOPLE], people[(number * 7 + 1 + number // PEOPLE) % PEOPLE])
-        for number in range(len(conversations))
-    ]
-    pairs = [(one, two if two is not one else people[(people.index(one) + 1) % PEOPLE]) for one, two in pairs]
-    await connection.copy_records_to_table(
-        "conversations",
-        columns=["id", "type", "created_by", "last_seq", "created_at", "updated_at"],
-        records=[
-            (conversation, "group", UUID(one.user_id), each, now, now)
-            for conversation, (one, _) in zip(conversations, pairs, strict=True)
-        ],
-    )
-    await connection.copy_records_to_table(
-        "conversation_members",
-        columns=["conversation_id", "user_id", "role", "joined_at"],
-        records=[
-            (conversation, UUID(person.user_id), role, now)
-            for conversation, pair in zip(conversations, pairs, strict=True)
-            for person, role in zip(pair, ("owner", "member"), strict=True)
-        ],
-    )
-    await connection.copy_to_table(
-        "messages", source=_rows(conversations, pairs, each, now), columns=_COLUMNS, timeout=7200
-    )
-    await connection.execute("ANALYZE", timeout=600)
-    await connection.close()
-    return time.monotonic() - begun
+    pairs = [_pair(people, number) for number in range(conversations)]
+    ids = await make_conversations(instance, pairs, last_seq=each)
+    connection = await asyncpg.connect(messaging_url(instance))
+    try:
+        await connection.copy_to_table(
+            "messages", source=_rows(ids, pairs, each), columns=_COLUMNS, timeout=7200
+        )
+        await connection.execute("ANALYZE", timeout=600)
+    finally:
+        await connection.close()
+    return ids, time.monotonic() - begun
+
+
+def _pair(people: list[Person], number: int) -> tuple[Person, Person]:
+    first = number % len(people)
+    return people[first], people[(first + 1 + number // len(people)) % len(people)]
 
 
 async def _rows(
-    conversations: list[UUID], pairs: list[tuple[Person, Person]], each: int, now: datetime
+    conversations: list[str], pairs: list[tuple[Person, Person]], each: int
 ) -> AsyncIterator[bytes]:
     """The lines of COPY, text format. A few hundred contents serve all: what is read is not checked again."""
     contents = []
@@ -98,13 +82,13 @@ async def _rows(
         contents.append(
             f"\\\\x{content.hex()}\t\\\\x{hashlib.sha256(content).hexdigest()}\t\\\\x{os.urandom(64).hex()}"
         )
-    heads = [str(conversation) for conversation in conversations]
+    now = datetime.now(UTC)
     senders = [tuple(f"{person.user_id}\t{person.device_id}" for person in pair) for pair in pairs]
     lines: list[str] = []
     number = 0
     for seq in range(1, each + 1):
         sent_at = (now - timedelta(minutes=each - seq)).isoformat()
-        for place, conversation in enumerate(heads):
+        for place, conversation in enumerate(conversations):
             number += 1
             lines.append(
                 f"{conversation}\t{seq}\t{number:08x}-0000-7000-8000-{number:012x}\t{senders[place][seq & 1]}"
@@ -150,23 +134,21 @@ def _row(what: str, rate: float, late: list[float], **more: Any) -> dict[str, An
 class _Reading:
     """What is read, always of a conversation chosen at random."""
 
-    def __init__(
-        self, instance: Instance, people: list[Person], conversations: list[UUID], each: int
-    ) -> None:
+    def __init__(self, instance: Instance, people: list[Person], conversations: list[str], each: int) -> None:
         self._tokens = {person.user_id: person.token for person in people}
         self._people = people
         self._conversations = conversations
         self._each = each
         self._socket = instance.socket_url(direct=True)
-        self._owners: dict[UUID, str] = {}
+        self._owners: dict[str, str] = {}
         self._rest = Connections(instance.service("messaging")["http"])
-        self.database = Database(_database_url(instance), pool_size=8)
+        self.database = Database(messaging_url(instance), pool_size=8)
 
     async def open(self) -> None:
         await self.database.open()
         async with self.database.connection() as connection:
             rows = await connection.fetch("SELECT conversation_id, user_id FROM conversation_members")
-        self._owners = {row["conversation_id"]: str(row["user_id"]) for row in rows}
+        self._owners = {str(row["conversation_id"]): str(row["user_id"]) for row in rows}
 
     async def close(self) -> None:
         self._rest.close()
@@ -175,7 +157,7 @@ class _Reading:
     async def from_store(self) -> None:
         conversation = random.choice(self._conversations)
         async with self.database.connection() as connection:
-            messages = await store.messages_before(connection, conversation, 0, self._each + 1, 50)
+            messages = await store.messages_before(connection, UUID(conversation), 0, self._each + 1, 50)
         assert len(messages) == min(50, self._each)
 
     async def by_rest(self) -> None:
@@ -207,9 +189,8 @@ async def _measure(arguments: argparse.Namespace) -> None:
     each = arguments.messages // arguments.conversations
     with own_instance(WHISPR_AUTH_ACCESS_TOKEN_SECONDS="3600") as instance:
         people = await register_many(instance.url, PEOPLE)
-        conversations = [uuid4() for _ in range(arguments.conversations)]
-        filled = await _fill(_database_url(instance), people, conversations, each)
-        size = await _size(_database_url(instance))
+        conversations, filled = await _fill(instance, people, arguments.conversations, each)
+        size = await _size(messaging_url(instance))
         reading = _Reading(instance, people, conversations, each)
         await reading.open()
         await reading.learn_epoch()

@@ -1,6 +1,6 @@
 """Up to 100,000 joined connections that only beat: memory and processor each costs, then messages through them.
 
-Each connection joins `user:ID` and a conversation. Memory is that of all messaging processes before and after, divided
+Each connection joins `user:ID` and a conversation with one other connection. Memory is that of all messaging processes before and after, divided
 by the connections; the processor is counted for every part of the instance.
 """
 
@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from functools import partial
 from typing import Any
 
-import httpx
 import uvloop
 
 from bench.crowd import Crowd, Seat, address_of, run_offer, spread
 from bench.fleet import Fleet
 from bench.instance import Instance, own_instance
-from bench.load import Person, gather_bounded, open_conversation, register_many
+from bench.load import register_many
+from bench.prepared import make_conversations
 from bench.report import percentile, publish
 from bench.stream import Offer
 from bench.usage import cpu_between, parts, used
@@ -30,27 +29,18 @@ PER_WORKER = 15_000
 """Connections of one messaging process: the kernel deals them out by hash, not evenly."""
 
 
-async def _pairs(instance: Instance, people: int) -> list[tuple[Person, Person, str]]:
+async def _seats(instance: Instance, people: int, connections: int) -> list[Seat]:
+    """Each two connections have a conversation of their own: the first sends, the second listens."""
     registered = await register_many(instance.url, people - people % 2)
-    pairs = list(zip(registered[::2], registered[1::2], strict=True))
-    async with httpx.AsyncClient(timeout=60) as http:
-        conversations = await gather_bounded(
-            [partial(open_conversation, http, instance.url, one, [two]) for one, two in pairs]
-        )
-    return [(one, two, conversation) for (one, two), conversation in zip(pairs, conversations, strict=True)]
-
-
-def _seats(pairs: list[tuple[Person, Person, str]], connections: int) -> list[Seat]:
-    """Connections dealt out to the pairs in turn: the first of each pair sends, all others listen."""
+    pairs = [
+        (registered[2 * number % len(registered)], registered[(2 * number + 1) % len(registered)])
+        for number in range(connections // 2)
+    ]
+    conversations = await make_conversations(instance, pairs)
     seats = []
-    for number in range(connections - connections % 2):
-        one, two, conversation = pairs[number // 2 % len(pairs)]
-        first_round = number < 2 * len(pairs)
-        person, other = (one, two) if number % 2 == 0 else (two, one)
-        seat = Seat(person, conversation, address_of(number))
-        seat.sends = number % 2 == 0 and first_round
-        seat.devices = [other.device_id]
-        seats.append(seat)
+    for number, ((one, two), conversation) in enumerate(zip(pairs, conversations, strict=True)):
+        seats.append(Seat(one, conversation, address_of(2 * number), sends=True, devices=[two.device_id]))
+        seats.append(Seat(two, conversation, address_of(2 * number + 1)))
     return seats
 
 
@@ -59,7 +49,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
     with own_instance(
         WHISPR_MESSAGING_WORKERS=str(workers), WHISPR_AUTH_ACCESS_TOKEN_SECONDS="3600"
     ) as instance:
-        seats = _seats(await _pairs(instance, arguments.people), arguments.connections)
+        seats = await _seats(instance, arguments.people, arguments.connections)
         processes = -(-len(seats) // PER_PROCESS)
         shares = spread(seats, processes)
         url = instance.socket_url(direct=True)
@@ -78,7 +68,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
     if messages:
         publish(
             "idle-connections",
-            f"messages through {len(seats):,} connections; each delivered to every other connection of its conversation",
+            f"messages through {len(seats):,} connections; each delivered to the other connection of its conversation",
             [messages],
         )
     return 0 if row["alive"] == row["connections"] else 1
