@@ -33,6 +33,7 @@ from whispr.services.messaging.models import (
     ScheduledNotFound,
     TooManyScheduled,
 )
+from whispr.services.messaging.models.abuse import Restricted
 from whispr.services.messaging.service.firing import LEASE
 from whispr.services.messaging.service.scheduled import MAX_OPEN, PlanChange
 from whispr.services.messaging.service.timers import SCHEDULE_JOB, Timers
@@ -366,6 +367,24 @@ async def test_what_cannot_be_sent_now_is_tried_again_and_keeps_its_place(world:
     world.clock.advance(90)
     await node.work_off()
     assert await world.sent(conversation_id) == [third.client_id, first.client_id, second.client_id]
+
+
+async def test_a_restriction_only_delays(world: World, node: Node) -> None:
+    conversation_id, one, _ = await world.pair()
+    plan = await node.scheduled.schedule(one.draft(conversation_id), world.at(1))
+
+    async def restrict(_: Draft) -> None:
+        raise Restricted(retry_after=3600)
+
+    node.before_send = restrict
+    world.clock.advance(2)
+    await node.work_off()
+    assert (await world.plan(plan.id)).status is PlanStatus.PENDING
+    # It may be lifted at any time.
+    node.before_send = None
+    world.clock.advance(61)
+    await node.work_off()
+    assert (await world.plan(plan.id)).status is PlanStatus.SENT
 
 
 async def test_a_new_device_makes_its_author_encrypt_again(world: World, node: Node) -> None:

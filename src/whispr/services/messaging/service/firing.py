@@ -198,7 +198,7 @@ class Firing:
         except _NEEDS_AUTHOR as failure:
             await self._settle(plan, PlanStatus.NEEDS_REENCRYPT, failure)
         except Failure as failure:
-            if failure.kind in _PASSING:
+            if failure.kind in _PASSING or failure.retry_after is not None:
                 await self._postpone(plan, failure)
             else:
                 await self._settle(plan, PlanStatus.FAILED, failure)
@@ -216,7 +216,8 @@ class Firing:
 
     async def _postpone(self, plan: Plan, failure: Failure) -> None:
         delay = min(_LONGEST_RETRY, _FIRST_RETRY * 2 ** min(plan.attempts, 16)) * random.uniform(0.5, 1.0)
-        delay = max(delay, failure.retry_after or 0.0)
+        # What is said to last may end sooner.
+        delay = max(delay, min(failure.retry_after or 0.0, _LONGEST_RETRY))
         log.warning("scheduled_message_postponed", code=failure.code, attempts=plan.attempts + 1)
         async with self._db.connection() as connection:
             await store.postpone(connection, _ref(plan), self._clock.now() + timedelta(seconds=delay))
