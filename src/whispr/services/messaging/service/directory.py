@@ -8,6 +8,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.kit.batching import Batcher
 from whispr.kit.cache import Cache
 from whispr.kit.clock import Clock
 from whispr.kit.db import Database
@@ -60,6 +61,8 @@ class Directory:
         self._entries: OrderedDict[UUID, tuple[Conversation, float]] = OrderedDict()
         self._member_count = 0
         self._loading: dict[UUID, asyncio.Task[Conversation | None]] = {}
+        # A node that starts knows none of the conversations that its people go on writing in.
+        self._reads = Batcher(self._read)
 
     def start(self) -> None:
         """Listen for other nodes' changes. A loss of Valkey empties the cache: hints were missed."""
@@ -153,14 +156,18 @@ class Directory:
     async def _load(self, conversation_id: UUID) -> Conversation | None:
         task = asyncio.current_task()
         try:
-            async with self._db.connection() as connection:
-                conversation = await store.load_conversation(connection, conversation_id)
+            conversation = await self._reads.ask(conversation_id)
             if conversation is not None and self._loading.get(conversation_id) is task:
                 self._remember(conversation)
             return conversation
         finally:
             if self._loading.get(conversation_id) is task:
                 del self._loading[conversation_id]
+
+    async def _read(self, conversation_ids: list[UUID]) -> list[Conversation | None]:
+        async with self._db.connection() as connection:
+            found = await store.load_conversations(connection, conversation_ids)
+        return [found.get(conversation_id) for conversation_id in conversation_ids]
 
     def _remember(self, conversation: Conversation) -> None:
         self._entries[conversation.id] = (conversation, self._clock.time() + self._ttl)

@@ -37,30 +37,38 @@ def _row(record: Any) -> MemberRow:
     )
 
 
-async def load_conversation(connection: Connection, conversation_id: UUID) -> Conversation | None:
-    """A conversation with its active members, as the hot path needs it, in one snapshot."""
+async def load_conversations(
+    connection: Connection, conversation_ids: Sequence[UUID]
+) -> dict[UUID, Conversation]:
+    """Conversations with their active members, as the hot path needs them, in one snapshot; those that exist."""
     records = await connection.fetch(
         """
-        SELECT c.type, c.is_active, c.permissions, m.user_id, m.role, GREATEST(m.floor_seq, c.purged_seq) AS floor_seq
+        SELECT c.id, c.type, c.is_active, c.permissions, m.user_id, m.role,
+               GREATEST(m.floor_seq, c.purged_seq) AS floor_seq
         FROM conversations c
         LEFT JOIN conversation_members m ON m.conversation_id = c.id AND m.is_active
-        WHERE c.id = $1
+        WHERE c.id = ANY($1::uuid[])
         """,
-        conversation_id,
+        list(conversation_ids),
     )
-    if not records:
-        return None
-    conversation_type = ConversationType(records[0]["type"])
+    found: dict[UUID, Conversation] = {}
+    for record in records:
+        conversation = found.get(record["id"])
+        if conversation is None:
+            conversation = found[record["id"]] = _conversation(record)
+        if record["user_id"] is not None:
+            conversation.members[record["user_id"]] = Member(Role(record["role"]), record["floor_seq"])
+    return found
+
+
+def _conversation(record: Any) -> Conversation:
+    conversation_type = ConversationType(record["type"])
     return Conversation(
-        id=conversation_id,
+        id=record["id"],
         type=conversation_type,
-        is_active=records[0]["is_active"],
-        permissions=Permissions.of(conversation_type, records[0]["permissions"]),
-        members={
-            record["user_id"]: Member(Role(record["role"]), record["floor_seq"])
-            for record in records
-            if record["user_id"] is not None
-        },
+        is_active=record["is_active"],
+        permissions=Permissions.of(conversation_type, record["permissions"]),
+        members={},
     )
 
 
