@@ -11,9 +11,6 @@ from whispr.client.events import ChatMessage
 from whispr.client.failures import ApiError
 from whispr.client.outbox import Expires
 
-# Long enough to link a device in between, short enough to wait for.
-LATER = 6.0
-
 
 async def second_thoughts(stage: Stage, group: UUID) -> None:
     stage.step("Second thoughts", "Reactions, a pin, a reply, an edit, and a deletion for everybody.")
@@ -98,10 +95,10 @@ async def disappearing(stage: Stage, direct: UUID) -> None:
 
 
 async def scheduled(stage: Stage, group: UUID) -> UUID:
-    """Schedules a message for `LATER`; returns its id."""
+    """Schedules a message for tomorrow; returns its id."""
     stage.step("Said later", "Eve schedules a message, and one more that she thinks better of.")
     eve = stage.of("Eve's phone").client
-    at = datetime.fromtimestamp(stage.now() + LATER, UTC)
+    at = datetime.fromtimestamp(stage.now() + 86400, UTC)
     text = stage.secret("It is time. Happy birthday, Dan!")
     chosen = await eve.schedule_text(group, stage.secret("It is time."), at)
     await eve.reschedule(chosen, text=text)
@@ -119,16 +116,20 @@ async def scheduled_arrives(stage: Stage, group: UUID, scheduled_id: UUID) -> No
     )
     text = "It is time. Happy birthday, Dan!"
     everyone = stage.everyone_in_group()
+    eve = stage.of("Eve's phone").client
+    # Tomorrow is too long to wait for.
+    await eve.reschedule(scheduled_id, send_at=datetime.fromtimestamp(stage.now() + 1, UTC))
     arrived = await stage.until(lambda: all(text in stage.of(label).texts(group) for label in everyone))
     for label in everyone:
         stage.show(label, [m for m in stage.of(label).read if m.text == text][-1:])
     stage.check(f"what was scheduled is read by {len(everyone)} devices, the new one among them", arrived)
-    stage.check("once", all(stage.of(label).texts(group).count(text) == 1 for label in everyone))
+    asked = any(notice.name == "needs_reencrypt" for notice in stage.of("Eve's phone").notices)
+    stage.check("the server asked for it to be encrypted anew", asked)
+    stage.check("it is read once", all(stage.of(label).texts(group).count(text) == 1 for label in everyone))
     stage.check(
         "and nobody reads what was cancelled",
         not any("angry" in (m.text or "") for g in stage.gadgets.values() for m in g.read),
     )
-    eve = stage.of("Eve's phone").client
     try:
         await eve.reschedule(scheduled_id, send_at=datetime.fromtimestamp(stage.now() + 60, UTC))
     except ApiError as error:
