@@ -215,7 +215,7 @@ async def test_a_crash_at_any_step_costs_nothing(
 @given(
     gaps=st.lists(st.integers(0, 3000), min_size=1, max_size=12),
     kept=st.integers(3600, 9000),
-    piece=st.integers(1, 5),
+    piece=st.integers(2, 5),
 )
 async def test_the_log_stays_dense_from_its_floor_on(
     ages: Ages, gaps: list[int], kept: int, piece: int
@@ -228,10 +228,10 @@ async def test_the_log_stays_dense_from_its_floor_on(
         sent = {}
         for gap in gaps:
             head = await ages.send(group, ann)
-            sent[head.id] = ages.clock.time()
+            sent[head.id] = ages.clock.now()
             ages.clock.advance(gap)
             await node.retention.purge_outdated()
-            expected = [one for one, at in sent.items() if at >= ages.clock.time() - kept]
+            expected = [one for one, at in sent.items() if at >= ages.clock.now() - timedelta(seconds=kept)]
             assert [one for one in sent if await ages.head(one) is not None] == expected
             floor = await ages.fetchval("SELECT purged_seq FROM conversations WHERE id = $1", group)
             last = await ages.fetchval("SELECT last_seq FROM conversations WHERE id = $1", group)
@@ -295,7 +295,7 @@ async def test_everybody_is_told_and_reads_on_behind_the_purge(stack: Stack, mes
         factory for name, factory in stack.messaging.running.service.loops.items() if name == "retention"
     )
     running = asyncio.ensure_future(retention())
-    purged = await line.next(topic, "history_purged")
+    purged = await line.next(topic, "history_purged", timeout=15)
     running.cancel()
     assert purged == {"seq": 4, "until_seq": 2}
     assert [item["id"] for item in (await bob.ok(f"/conversations/{direct}/messages"))["items"]] == [

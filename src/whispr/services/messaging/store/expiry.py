@@ -199,7 +199,7 @@ async def outdated_conversations(
 
 
 class Stretch(msgspec.Struct, frozen=True):
-    """The oldest entries of a log. `until_seq`: the last one that is too old. `worthwhile`: not only word of purges."""
+    """The oldest entries of a log. `until_seq`: the last one that is too old. `worthwhile`: more than word of one purge."""
 
     until_seq: int
     worthwhile: bool
@@ -218,7 +218,8 @@ async def outdated_stretch(tx: Connection, held: Held, before: datetime, limit: 
         ), old AS (
             SELECT * FROM entry WHERE seq < coalesce((SELECT min(seq) FROM entry WHERE at >= $3), $2 + $4 + 1)
         )
-        SELECT coalesce(max(seq), $2) AS until_seq, coalesce(bool_or(counts), false) AS worthwhile FROM old
+        SELECT coalesce(max(seq), $2) AS until_seq, coalesce(bool_or(counts) OR count(*) > 1, false) AS worthwhile
+        FROM old
         """,
         held.id,
         held.purged_seq,
