@@ -76,7 +76,7 @@ class Pins:
         """Pinned messages the person may see, the latest pinned first, and where the next page begins."""
         async with self._structure.db.connection() as connection:
             found = await store.list_page(
-                connection, membership.conversation_id, membership.floor_seq, before, limit + 1
+                connection, membership.conversation_id, membership.user_id, before, limit + 1
             )
         page = found[:limit]
         following = (page[-1].pinned_at, page[-1].message.head.id) if len(found) > limit else None

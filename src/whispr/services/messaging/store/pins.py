@@ -52,24 +52,28 @@ async def delete(tx: Connection, conversation_id: UUID, message_id: UUID) -> boo
 async def list_page(
     connection: Connection,
     conversation_id: UUID,
-    floor_seq: int,
+    user_id: UUID,
     before: tuple[datetime, UUID] | None,
     limit: int,
 ) -> list[Pin]:
-    """Pins of messages above `floor_seq`, the latest first, from the one before `before`."""
+    """Pins that an active member may see, the latest first, from the one before `before`."""
     at, before_id = before if before is not None else (None, None)
     records = await connection.fetch(
         f"""
         SELECT p.pinned_by, p.pinned_at, m.* FROM message_pins p
+        JOIN conversations c ON c.id = p.conversation_id
+        JOIN conversation_members v
+            ON v.conversation_id = p.conversation_id AND v.user_id = $2 AND v.is_active
         CROSS JOIN LATERAL (
             SELECT {message_columns("messages")} FROM messages
-            WHERE messages.conversation_id = p.conversation_id AND messages.id = p.message_id AND seq > $2
+            WHERE messages.conversation_id = p.conversation_id AND messages.id = p.message_id
+                AND seq > GREATEST(v.floor_seq, c.purged_seq)
         ) AS m
         WHERE p.conversation_id = $1 AND ($3::timestamptz IS NULL OR (p.pinned_at, p.message_id) < ($3, $4))
         ORDER BY p.pinned_at DESC, p.message_id DESC LIMIT $5
         """,
         conversation_id,
-        floor_seq,
+        user_id,
         at,
         before_id,
         limit,
