@@ -66,6 +66,8 @@ async def test_a_linked_device_has_its_own_keys_and_reads_and_writes(people: Peo
 async def test_a_wrong_code_lets_nothing_in_and_a_refusal_ends_the_link(people: People) -> None:
     ada, new = await people.new(), newcomer(people)
     link = await ada.client.linking.begin(PASSWORD)
+    with pytest.raises(WrongCheckCode):
+        await ada.client.linking.confirm(link, "000000")  # nobody is there yet
     claim = await new.client.claim_link(link.token)
     with pytest.raises(WrongCheckCode):
         await ada.client.linking.confirm(link, f"{(int(claim.check_code) + 1) % 1_000_000:06}")

@@ -58,7 +58,10 @@ class Linking:
     async def confirm(self, link: Link, shown: str) -> None:
         """Let the device in. `shown` is the code on its screen. Raises WrongCheckCode, and lets nothing in."""
         status = await self.status(link)
-        if status.device is not None and not hmac.compare_digest(shown, self._code(link, status)):
+        if status.device is None:
+            # Confirmed unseen, the code would prove nothing.
+            raise WrongCheckCode("the server shows no device that claims the link")
+        if shown != self._code(link, status):
             raise WrongCheckCode("the code on the new device is another")
         await self._rest.confirm_link(link.link_id, shown)
 
