@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from tests.services.messaging.door import assert_problem
+from tests.services.messaging.rooms import make_conversation
 from tests.services.messaging.test_changes import Open, connect, edit, edit_of, messaging_tables
 from tests.services.messaging.test_channels import conversation, new_door
 from tests.services.messaging.test_fanout import BusNode, append, nodes, room, until
@@ -16,6 +17,7 @@ from tests.stack import Stack
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Database
 from whispr.services.messaging.models import CommittedEvent
+from whispr.services.messaging.service.history import History
 from whispr.services.messaging.store import conversations
 
 __all__ = ["connect", "messaging_tables", "nodes", "room"]
@@ -120,6 +122,22 @@ async def test_a_node_that_was_behind_a_purge_goes_on(
     assert one.seqs(room) == [1, 2, *range(291, 303)]
     one.bus.publish(await append(messaging_db, room))
     assert one.has_reached(room, 303)
+
+
+async def test_a_purge_while_a_device_is_being_told(messaging_db: Database) -> None:
+    user_id = uuid4()
+    room_id = await make_conversation(messaging_db, ManualClock(), [user_id])
+    await append(messaging_db, room_id, 30)
+    pages = History(messaging_db).undelivered(user_id, uuid4(), limit=5)
+    first = await anext(pages)
+    assert ([event.seq for event in first.items], first.truncated) == ([1, 2, 3, 4, 5], False)
+    async with messaging_db.transaction() as tx:
+        await tx.execute("UPDATE conversations SET purged_seq = 12 WHERE id = $1", room_id)
+        # As if the rest of the purge came after the floor was read.
+        await tx.execute("DELETE FROM conversation_events WHERE conversation_id = $1 AND seq <= 20", room_id)
+    rest = [page async for page in pages]
+    assert [event.seq for page in rest for event in page.items] == list(range(21, 31))
+    assert all(page.truncated for page in rest)
 
 
 async def test_changes_of_members_alone_drop_the_cached_members(

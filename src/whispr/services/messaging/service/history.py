@@ -134,11 +134,14 @@ class History:
                 member = await members.find_active(connection, conversation_id, user_id)
                 if member is None:
                     return
+                truncated |= member.floor_seq > from_seq
                 from_seq = max(from_seq, member.floor_seq)
                 items = await store.log(connection, conversation_id, from_seq, head_seq, limit)
                 items = [seen_above(event, member.floor_seq) for event in items]
             if not items:
-                return
+                # Numbers are dense: what is not there was purged between the two reads.
+                from_seq, truncated = from_seq + limit, True
+                continue
             from_seq = items[-1].seq
             yield UndeliveredPage(
                 conversation_id, items, head_seq, more=from_seq < head_seq, truncated=truncated
