@@ -93,8 +93,22 @@ async def test_limits_change_while_running(messaging_cache: Cache) -> None:
     pace = sending_pace(ManualClock(), messaging_cache, user=Rate(1, 3))
     ids = uuid4(), uuid4(), uuid4()
     assert taken(pace, *ids) == 3
+    pace.user.change(1, 3)
+    assert taken(pace, *ids) == 0
     pace.user.change(1, 5)
-    assert taken(pace, *ids) == 2
+    assert taken(pace, *ids) == 5
+
+
+async def test_what_other_nodes_told_does_not_outlast_a_changed_rate(messaging_cache: Cache) -> None:
+    clock = ManualClock()
+    pace = sending_pace(clock, messaging_cache, user=Rate(0.01, 8))
+    ids = uuid4(), uuid4(), uuid4()
+    assert taken(pace, *ids) == 8
+    await pace.share()
+    pace.user.change(100, 80)
+    assert taken(pace, *ids, most=20) == 20
+    await pace.share()
+    assert taken(pace, *ids) >= 60
 
 
 async def test_other_nodes_hear_of_who_is_busy(messaging_cache: Cache) -> None:

@@ -88,10 +88,12 @@ class Limit:
     def tell(self) -> list[tuple[bytes, int, int, _Use]]:
         """The name, interval in microseconds and number of what the others should hear of."""
         told = []
+        interval = int(self._interval * 1e6)
         for key in list(self._busy)[:_TOLD_AT_ONCE]:
             use = self._busy.pop(key)
-            name = b"messaging:pace:%b:%b" % (self._name.encode(), key.to_bytes(16).hex().encode())
-            told.append((name, int(self._interval * 1e6), use.fresh, use))
+            # A changed rate begins anew for the others, too.
+            name = f"messaging:pace:{self._name}:{interval}:{key:032x}".encode()
+            told.append((name, interval, use.fresh, use))
             use.fresh = 0
         return told
 
