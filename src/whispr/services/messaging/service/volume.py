@@ -116,7 +116,8 @@ class Volume:
 
     def count_message(self, user_id: UUID) -> None:
         """The person sends a message. Sync: the hot path."""
-        self._messages.add(user_id, 1)
+        counts, key = self._messages.counts, user_id.int
+        counts[key] = counts.get(key, 0) + 1
 
     def count_approach(self, user_id: UUID, strangers: int) -> None:
         """The person begins a conversation with, or adds to a group, so many people who do not know them."""
