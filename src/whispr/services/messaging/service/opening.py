@@ -8,7 +8,7 @@ from uuid import UUID
 import msgspec
 
 from whispr.kit.batching import Batcher
-from whispr.kit.db import Connection, Database
+from whispr.kit.db import Database
 from whispr.services.messaging.models import (
     CommittedEvent,
     ConversationNotFound,
@@ -22,7 +22,7 @@ from whispr.services.messaging.service.directory import Directory
 from whispr.services.messaging.service.history import History
 from whispr.services.messaging.service.privacy import ReadReceipts
 from whispr.services.messaging.store import opening as store
-from whispr.services.messaging.store.history import log
+from whispr.services.messaging.store.history import Span, logs
 
 RECOVERED_EVENTS = 200
 """How much of what was missed a join brings; the rest is fetched with `sync`."""
@@ -60,13 +60,18 @@ class _Door(msgspec.Struct, frozen=True, gc=False):
     seq: int | None
 
 
-class _Inside(msgspec.Struct, frozen=True):
+class _Inside(msgspec.Struct):
     membership: Membership
     head: int
     after: int
     recovered: bool
-    events: list[CommittedEvent]
+    limit: int
     members: list[MemberView] | None
+    events: list[CommittedEvent] = []
+
+    @property
+    def span(self) -> Span:
+        return Span(self.membership.conversation_id, self.after, self.head, self.limit)
 
 
 class Openings:
@@ -112,24 +117,31 @@ class Openings:
             found = await store.memberships(connection, asked)
             known = {membership.conversation_id for membership, _ in filter(None, found)}
             rooms = await store.small_rooms(connection, known, SMALL_GROUP) if known else {}
-            return [
-                None if place is None else await self._inside(connection, door, *place, rooms)
+            insides = [
+                None if place is None else _inside(door, *place, rooms)
                 for door, place in zip(doors, found, strict=True)
             ]
+            behind = [inside for inside in insides if inside is not None and inside.after < inside.head]
+            for inside, events in zip(
+                behind,
+                await logs(connection, [inside.span for inside in behind]) if behind else [],
+                strict=True,
+            ):
+                inside.events = [seen_above(event, inside.membership.floor_seq) for event in events]
+        return insides
 
-    async def _inside(
-        self,
-        connection: Connection,
-        door: _Door,
-        membership: Membership,
-        head: int,
-        rooms: Mapping[UUID, list[MemberView]],
-    ) -> _Inside:
-        # A cursor ahead of the log is from a life of this database that a backup has undone.
-        recovered = door.seq is not None and door.seq <= head
-        after = door.seq if door.seq is not None and recovered else head - NEWEST_EVENTS
-        after = max(after, membership.floor_seq)
-        limit = RECOVERED_EVENTS if recovered else NEWEST_EVENTS
-        events = await log(connection, door.conversation_id, after, head, limit) if after < head else []
-        events = [seen_above(event, membership.floor_seq) for event in events]
-        return _Inside(membership, head, after, recovered, events, rooms.get(door.conversation_id))
+
+def _inside(
+    door: _Door, membership: Membership, head: int, rooms: Mapping[UUID, list[MemberView]]
+) -> _Inside:
+    # A cursor ahead of the log is from a life of this database that a backup has undone.
+    recovered = door.seq is not None and door.seq <= head
+    after = door.seq if door.seq is not None and recovered else head - NEWEST_EVENTS
+    return _Inside(
+        membership,
+        head,
+        max(after, membership.floor_seq),
+        recovered,
+        RECOVERED_EVENTS if recovered else NEWEST_EVENTS,
+        rooms.get(door.conversation_id),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -111,6 +112,20 @@ async def messages_before(
     return [message_from(record) for record in reversed(records)]
 
 
+class Span(msgspec.Struct, frozen=True):
+    """The first `limit` events of a conversation with `after_seq < seq <= until_seq`."""
+
+    conversation_id: UUID
+    after_seq: int
+    until_seq: int
+    limit: int
+
+    @property
+    def last_seq(self) -> int:
+        """Numbers are dense, so nothing past `after_seq + limit` can be among the first `limit` events."""
+        return min(self.until_seq, self.after_seq + self.limit)
+
+
 async def log(
     connection: Connection, conversation_id: UUID, after_seq: int, until_seq: int, limit: int
 ) -> list[CommittedEvent]:
@@ -118,29 +133,51 @@ async def log(
 
     An edit is shown with the message as it is now: the log never keeps what a message once was.
     """
-    # Numbers are dense, so nothing past after_seq + limit can be among the first `limit` events.
-    until = min(until_seq, after_seq + limit)
-    other = await connection.fetch(
-        """
-        SELECT seq, event, payload FROM conversation_events
-        WHERE conversation_id = $1 AND seq > $2 AND seq <= $3 ORDER BY seq
-        """,
-        conversation_id,
-        after_seq,
-        until,
-    )
-    events = await _with_edited(
-        connection,
-        conversation_id,
-        [
-            CommittedEvent(conversation_id, record["seq"], record["event"], record["payload"])
-            for record in other
-        ],
-    )
-    messages = await messages_after(connection, conversation_id, after_seq, until, limit)
-    events.extend(message_event(message) for message in messages)
-    events.sort(key=lambda event: event.seq)
+    [events] = await logs(connection, [Span(conversation_id, after_seq, until_seq, limit)])
     return events
+
+
+async def logs(connection: Connection, spans: Sequence[Span]) -> list[list[CommittedEvent]]:
+    """`log` of each span, in two statements for all of them where nothing was edited."""
+    asked = (
+        [span.conversation_id for span in spans],
+        [span.after_seq for span in spans],
+        [span.last_seq for span in spans],
+    )
+    found: list[list[CommittedEvent]] = [[] for _ in spans]
+    # LATERAL: each span is a walk along an index of one partition, whatever the planner thinks of the whole.
+    for record in await connection.fetch(
+        """
+        SELECT asked.number, e.* FROM unnest($1::uuid[], $2::bigint[], $3::bigint[])
+            WITH ORDINALITY AS asked (conversation, after_seq, until_seq, number)
+        CROSS JOIN LATERAL (
+            SELECT seq, event, payload FROM conversation_events
+            WHERE conversation_id = asked.conversation AND seq > asked.after_seq AND seq <= asked.until_seq ORDER BY seq
+        ) AS e
+        """,
+        *asked,
+    ):
+        number = record["number"] - 1
+        found[number].append(
+            CommittedEvent(spans[number].conversation_id, record["seq"], record["event"], record["payload"])
+        )
+    for number, span in enumerate(spans):
+        found[number] = await _with_edited(connection, span.conversation_id, found[number])
+    for record in await connection.fetch(
+        f"""
+        SELECT asked.number, m.* FROM unnest($1::uuid[], $2::bigint[], $3::bigint[])
+            WITH ORDINALITY AS asked (conversation, after_seq, until_seq, number)
+        CROSS JOIN LATERAL (
+            {_SELECT}
+            WHERE conversation_id = asked.conversation AND seq > asked.after_seq AND seq <= asked.until_seq ORDER BY seq
+        ) AS m
+        """,
+        *asked,
+    ):
+        found[record["number"] - 1].append(message_event(message_from(record)))
+    for events in found:
+        events.sort(key=lambda event: event.seq)
+    return found
 
 
 async def _with_edited(
