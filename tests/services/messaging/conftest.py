@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from tests.services.messaging.ages import Ages
+from tests.services.messaging.plans import Node, World
 
 from whispr.kit import migrate
 from whispr.kit.cache import Cache
@@ -52,3 +53,26 @@ async def ages(aging_url: str) -> AsyncIterator[Ages]:
         )
     yield made
     await made.db.close()
+
+
+@pytest.fixture(scope="session")
+def plans_url(new_database: Callable[[str], str]) -> str:
+    """A migrated database of messaging whose scheduled messages no running service sends."""
+    url = new_database("messaging_plans")
+    migrate.upgrade("messaging", url)
+    return url
+
+
+@pytest.fixture
+async def world(plans_url: str, valkey_url: str) -> AsyncIterator[World]:
+    """What nodes that schedule and send share, with nothing scheduled yet."""
+    async with World.open(plans_url, valkey_url) as made:
+        async with made.db.connection() as connection:
+            await connection.execute("TRUNCATE scheduled_messages")
+        yield made
+
+
+@pytest.fixture
+async def node(world: World) -> Node:
+    """One of them."""
+    return world.node()

@@ -12,11 +12,13 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import msgspec
+import pytest
 from tests.services.messaging.rooms import Auth, Device, Users, make_conversation
 
 from whispr.kit.cache import Cache, RateLimiter
 from whispr.kit.clock import ManualClock
 from whispr.kit.db import Database
+from whispr.kit.errors import Failure
 from whispr.services.messaging.models import ConversationType, Draft, Message, Plan, SendResult
 from whispr.services.messaging.service.contact import Contact
 from whispr.services.messaging.service.devices import Devices
@@ -176,3 +178,9 @@ def resigned(by: Device, plan: Plan, content: dict[str, Any], **changes: Any) ->
         signature=by.sign(draft.conversation_id, draft.client_id, content),
         **changes,
     )
+
+
+async def refusal(work: Any) -> Failure:
+    with pytest.raises(Failure) as raised:
+        await work
+    return raised.value
