@@ -393,7 +393,7 @@ class _Door:
 # --- rendering --------------------------------------------------------------------------------------------------------
 
 
-def _problem(scope: Scope, status: int, code: str, detail: str, **fields: Any) -> Response:
+def _problem(scope: Scope, status: int, code: str, detail: str, /, **fields: Any) -> Response:
     body = {
         **fields,
         "type": "about:blank",

@@ -242,6 +242,15 @@ async def test_groups_are_listed_without_their_members(stack: Stack) -> None:
     assert (item["members"], item["member_count"]) == (None, 2)
 
 
+async def test_messages_between_clients_are_not_shown_as_messages(stack: Stack) -> None:
+    ann, bob = await people(stack, 2)
+    direct = await ann.direct(bob)
+    shown = await ann.send(direct)
+    await ann.post("/messages", ann.draft(direct, message_type="system"))
+    view = await bob.ok(f"/conversations/{direct}")
+    assert (view["unread_count"], view["last_message"]["id"], view["head_seq"]) == (1, shown["id"], 2)
+
+
 async def test_unread_counts_are_of_others_messages(stack: Stack) -> None:
     ann, bob = await people(stack, 2)
     direct = await ann.direct(bob)

@@ -76,7 +76,14 @@ SentContent = Annotated[
         }
     ),
 ]
-MessageType = Annotated[str, Field(max_length=64, json_schema_extra={"enum": ["text", "media", "system"]})]
+MessageType = Annotated[
+    str,
+    Field(
+        max_length=64,
+        description="`system` is between clients: it is not counted as unread, not `last_message`, and nobody is notified.",
+        json_schema_extra={"enum": ["text", "media", "system"]},
+    ),
+]
 
 
 class ConversationCreation(Body):

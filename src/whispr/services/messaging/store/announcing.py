@@ -33,6 +33,7 @@ async def sent_messages(
         CROSS JOIN LATERAL (
             SELECT id, conversation_id, seq, sender_id, sent_at FROM messages
             WHERE conversation_id = r.conversation_id AND seq BETWEEN r.first_seq AND r.last_seq AND NOT is_deleted
+                AND message_type <> 'system'
         ) AS m
         ORDER BY m.conversation_id, m.seq
         """,

@@ -1,4 +1,7 @@
-"""CONVERSATION as its members see it, with unread count and last message."""
+"""CONVERSATION as its members see it, with unread count and last message.
+
+Messages of type `system` are between clients, such as the keys of a group: nobody is shown or told of one.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ _VIEW = f"""
            (SELECT count(*) FROM (
                 SELECT FROM messages u
                 WHERE u.conversation_id = c.id AND u.seq > GREATEST(m.read_seq, m.floor_seq, c.purged_seq)
-                  AND u.sender_id <> m.user_id AND NOT u.is_deleted
+                  AND u.sender_id <> m.user_id AND NOT u.is_deleted AND u.message_type <> 'system'
                 LIMIT {UNREAD_LIMIT}
            ) AS unread) AS unread_count,
            (SELECT count(*) FROM conversation_members o WHERE o.conversation_id = c.id AND o.is_active) AS member_count,
@@ -37,7 +40,8 @@ _VIEW = f"""
     JOIN conversations c ON c.id = m.conversation_id
     LEFT JOIN LATERAL (
         SELECT {message_columns("l")} FROM messages l
-        WHERE l.conversation_id = c.id AND l.seq > GREATEST(m.floor_seq, c.purged_seq) ORDER BY l.seq DESC LIMIT 1
+        WHERE l.conversation_id = c.id AND l.seq > GREATEST(m.floor_seq, c.purged_seq) AND l.message_type <> 'system'
+        ORDER BY l.seq DESC LIMIT 1
     ) AS last ON true
 """
 
