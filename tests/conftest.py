@@ -19,7 +19,7 @@ import pytest
 from tests.stack import Stack
 from whispr.instance.postgres import EmbeddedPostgres
 from whispr.instance.valkey import EmbeddedValkey
-from whispr.kit import migrate, telemetry
+from whispr.kit import migrate, pressure, telemetry
 from whispr.kit.settings import CommonSettings
 
 _server: EmbeddedPostgres | None = None
@@ -48,6 +48,12 @@ def _start_postgres() -> EmbeddedPostgres:
     if _server is None:
         _server = EmbeddedPostgres(Path(tempfile.mkdtemp(prefix="whispr-test-")), durable=False).start()
     return _server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def calm() -> None:
+    """All services share the test's loop and two processors: what lags here is no overload of theirs."""
+    pressure.TICK_SECONDS = 3_600.0
 
 
 @pytest.fixture(scope="session")

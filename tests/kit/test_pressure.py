@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from whispr.kit.pressure import CALM_SECONDS, HIGH_SECONDS, RISE_TICKS, Pressure
 from whispr.kit.telemetry import metrics
 
@@ -80,7 +82,8 @@ def test_it_is_over_only_after_a_while_and_then_that_is_told() -> None:
     assert told == [False]
 
 
-async def test_a_loop_that_lags_is_measured() -> None:
+async def test_a_loop_that_lags_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("whispr.kit.pressure.TICK_SECONDS", 0.1)
     pressure = Pressure()
     running = asyncio.create_task(pressure.run())
     await asyncio.sleep(0.01)

@@ -15,7 +15,7 @@ from whispr.kit.telemetry import get_logger, metrics
 
 log = get_logger(__name__)
 
-TICK_SECONDS: Final = 0.1
+TICK_SECONDS = 0.1
 HIGH_SECONDS: Final = 0.25
 LOW_SECONDS: Final = 0.08
 RISE_TICKS: Final = 3

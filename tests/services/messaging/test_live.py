@@ -144,7 +144,10 @@ async def test_limits_follow_the_file(make: Make) -> None:
     assert (await anna.post("/conversations", body)).status_code == 201
 
 
-async def test_under_pressure_messages_go_on_and_the_rest_waits_or_is_left_out(make: Make) -> None:
+async def test_under_pressure_messages_go_on_and_the_rest_waits_or_is_left_out(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("whispr.kit.pressure.TICK_SECONDS", 0.1)
     board = await make()
     anna, at_anna, ben, at_ben, topic = await board.pair()
     await at_anna.push(topic, "typing", {"state": "start"})

@@ -74,6 +74,24 @@ def clock() -> ManualClock:
 
 
 @pytest.fixture
+async def messaging_db(aging_url: str) -> AsyncIterator[Database]:
+    """A database that no service runs on: one whose clock is ahead would end the restrictions of these tests."""
+    db = Database(aging_url, pool_size=5)
+    await db.open()
+    yield db
+    await db.close()
+
+
+@pytest.fixture
+async def stack_db(database: Callable[[str], str]) -> AsyncIterator[Database]:
+    """The database of the running messaging."""
+    db = Database(database("messaging"), pool_size=2)
+    await db.open()
+    yield db
+    await db.close()
+
+
+@pytest.fixture
 def node(messaging_db: Database, messaging_cache: Cache, clock: ManualClock) -> Node:
     return Node(messaging_db, messaging_cache, clock)
 
@@ -300,11 +318,11 @@ class House:
 
 @pytest.fixture
 async def house(
-    database: Callable[[str], str], valkey_url: str, messaging_db: Database, messaging_cache: Cache
+    aging_url: str, valkey_url: str, messaging_db: Database, messaging_cache: Cache
 ) -> AsyncIterator[House]:
     clock = ManualClock()
     restrictions = Restrictions(messaging_db, messaging_cache, clock, Notices())
-    async with Bench(database("messaging"), valkey_url, restrictions=restrictions) as bench:
+    async with Bench(aging_url, valkey_url, restrictions=restrictions) as bench:
         bench.clock.advance(clock.time() - bench.clock.time())
         yield House(bench, restrictions)
 
@@ -366,12 +384,12 @@ async def administrator(stack: Stack, database_url: str) -> Door:
 async def test_administrators_see_and_lift_restrictions(
     stack: Stack,
     database: Callable[[str], str],
-    messaging_db: Database,
+    stack_db: Database,
     messaging_cache: Cache,
 ) -> None:
     admin = await administrator(stack, database("auth"))
     ann, bob = await people(stack, 2)
-    restrictions = Restrictions(messaging_db, messaging_cache, stack.clock, Notices())
+    restrictions = Restrictions(stack_db, messaging_cache, stack.clock, Notices())
     await restrictions.impose(ann.person.user_id, "messages_per_minute", HOUR, {})
     for answer in (await bob.get("/restrictions"), await ann.delete(f"/restrictions/{ann.id}")):
         assert_problem(answer, 403, "forbidden")
@@ -391,13 +409,13 @@ async def test_administrators_see_and_lift_restrictions(
 
 
 async def test_a_restricted_person_begins_nothing_with_strangers_and_reads_on(
-    stack: Stack, messaging_db: Database, messaging_cache: Cache
+    stack: Stack, stack_db: Database, messaging_cache: Cache
 ) -> None:
     ann, bob, cid, dan = await people(stack, 4)
     group = await ann.group(bob)
     message = await bob.send(group)
     await stack.http.put(f"{stack.user.url}/api/v1/users/me/contacts/{ann.id}", headers=dan.person.headers)
-    restrictions = Restrictions(messaging_db, messaging_cache, stack.clock, Notices())
+    restrictions = Restrictions(stack_db, messaging_cache, stack.clock, Notices())
     await restrictions.impose(ann.person.user_id, "approaches_per_hour", HOUR, {})
     async with asyncio.timeout(10):
         while (await ann.post("/messages", ann.draft(group))).status_code != 403:
