@@ -1,7 +1,7 @@
 """Group commit: while one batch commits, the next one fills.
 
-Two stages run side by side, signatures of the next batch while the last one commits. There is no timer anywhere: a
-message that comes alone goes alone, and under load a batch is what arrived meanwhile.
+Two stages run side by side, signatures of the next batch while the last one commits. A message that comes alone goes
+alone and waits for nothing; under load a batch is what arrived meanwhile, and batches are a few milliseconds apart.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ OnDone = Callable[[SendResult | Failure], None]
 
 MAX_BATCH: Final = 500
 
-# A statement costs PostgreSQL and us about a millisecond, however many messages it stores. Under load the next one waits
-# for this many seconds from the start of the last; a message that comes alone waits for nothing.
-SPACING: Final = 0.008
-_BUSY_BATCH: Final = 8
+# A statement costs PostgreSQL and us about a millisecond, and a question to the helper a fraction of it, however many
+# messages they are for. Once so many were taken within so many seconds, the rest waits for the next such span.
+SPAN: Final = 0.008
+_BUSY: Final = 8
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
 # Seconds. A message that would wait for longer behind others is better refused at once and sent again.
@@ -217,11 +217,17 @@ class Flusher:
         take: Callable[[], list[Admitted]],
         handle: Callable[[list[Admitted]], Awaitable[None]],
     ) -> None:
+        span_began, taken = 0.0, 0
         while True:
             if not queue:
                 wake.clear()
                 await wake.wait()
+            if taken >= _BUSY:
+                await asyncio.sleep(span_began + SPAN - time.monotonic())
+            if time.monotonic() - span_began >= SPAN:
+                span_began, taken = time.monotonic(), 0
             batch = take()
+            taken += len(batch)
             try:
                 await handle(batch)
             except asyncio.CancelledError:
@@ -266,12 +272,6 @@ class Flusher:
             self._has_verified.set()
 
     async def _commit(self, batch: list[Admitted]) -> None:
-        started = time.monotonic()
-        await self._commit_now(batch)
-        if len(batch) >= _BUSY_BATCH:
-            await asyncio.sleep(started + SPACING - time.monotonic())
-
-    async def _commit_now(self, batch: list[Admitted]) -> None:
         try:
             answers = await self._store_patiently(batch)
         except Unavailable:
