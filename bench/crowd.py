@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -11,11 +12,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.fleet import Fleet
-from bench.load import Device, Person, connect, gather_bounded
+from bench.load import Device, Person, Refused, connect, gather_bounded
 from bench.stream import Offer, Sender, Stream, Taken, described, merged
 
 HEARTBEAT = b'[null,"h","phoenix","heartbeat",{}]'
 HEARTBEAT_SECONDS = 30.0
+
+_JOINS = 20
+_PASSING = frozenset(
+    {"neighbour_unavailable", "database_unavailable", "unavailable", "timeout", "overloaded"}
+)
 
 
 @dataclass(slots=True)
@@ -70,8 +76,8 @@ class Crowd:
         started = time.monotonic()
         device = await connect(self._url, seat.person.token, seat.address)
         if with_user_topic:
-            await device.join(f"user:{seat.person.user_id}", ref="2")
-        await device.join(f"conversation:{seat.conversation}", ref="1")
+            await _join(device, f"user:{seat.person.user_id}", "2")
+        await _join(device, f"conversation:{seat.conversation}", "1")
         self._devices.append((seat, device))
         return (time.monotonic() - started) * 1000
 
@@ -136,3 +142,15 @@ async def run_offer(fleet: Fleet, offer: Offer, patience: float = 15) -> dict[st
     while sum(await fleet.call("missing")) > 0 and time.monotonic() < deadline:
         await asyncio.sleep(0.1)
     return described(offer, merged(await fleet.call("taken")))
+
+
+async def _join(device: Device, topic: str, ref: str) -> None:
+    """Join as clients do: a server that has too much to do is asked again, with growing pauses."""
+    for attempt in range(_JOINS):
+        try:
+            await device.join(topic, ref)
+            return
+        except Refused as refusal:
+            if refusal.reason not in _PASSING or attempt == _JOINS - 1:
+                raise
+            await asyncio.sleep(random.uniform(0, min(15.0, 0.5 * 2**attempt)))

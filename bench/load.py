@@ -129,6 +129,14 @@ def signed_payload(
     return str(client_id), json.dumps(payload, separators=(",", ":")).encode()
 
 
+class Refused(RuntimeError):
+    """The server answered a join or push with an error; `reason` is its code."""
+
+    def __init__(self, event: str, topic: str, reply: dict[str, Any]) -> None:
+        super().__init__(f"{event} of {topic} refused: {reply}")
+        self.reason = reply["response"].get("reason")
+
+
 class Device(WSListener):
     """One socket. `on_frame` sees each text frame's bytes; joins are awaited, everything else is up to the scenario."""
 
@@ -173,13 +181,13 @@ class Device(WSListener):
     async def join(
         self, topic: str, ref: str, timeout: float = 60, params: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Join `topic` with `ref` as its join_ref; the reply's response. Raises RuntimeError when refused."""
+        """Join `topic` with `ref` as its join_ref; the reply's response. Raises `Refused`."""
         return await self._ask(ref, topic, "phx_join", params or {}, timeout)
 
     async def push(
         self, topic: str, event: str, payload: dict[str, Any], timeout: float = 60
     ) -> dict[str, Any]:
-        """Push on a topic joined as "1"; the reply's response. Raises RuntimeError when refused."""
+        """Push on a topic joined as "1"; the reply's response. Raises `Refused`."""
         self._pushes += 1
         return await self._ask(f"p{self._pushes}", topic, event, payload, timeout)
 
@@ -192,7 +200,7 @@ class Device(WSListener):
         self.send(f'["{join_ref}","{ref}","{topic}","{event}",{json.dumps(payload)}]'.encode())
         reply = json.loads(await asyncio.wait_for(answer, timeout))[4]
         if reply["status"] != "ok":
-            raise RuntimeError(f"{event} of {topic} refused: {reply}")
+            raise Refused(event, topic, reply)
         response: dict[str, Any] = reply["response"]
         return response
 
