@@ -40,8 +40,10 @@ PASSING = frozenset(
         "draining",
     }
 )
-OVERTAKEN = frozenset({"message_deleted", "message_not_found", "too_many_reactions", "too_many_pins"})
-"""Somebody else was faster; nothing was promised."""
+OVERTAKEN = frozenset(
+    {"message_deleted", "message_not_found", "too_many_reactions", "too_many_pins", "invalid_send_at"}
+)
+"""Somebody else was faster, or the time to send at passed while nobody could be asked; nothing was promised."""
 
 
 class Acknowledged(msgspec.Struct):

@@ -277,6 +277,17 @@ async def test_any_device_comes_to_what_a_fresh_fetch_shows(people: People) -> N
         }
 
 
+async def test_pins_are_fetched_however_many_they_are(people: People) -> None:
+    ada, bens_name = await people.new(), name()
+    await people.new(bens_name)
+    conversation = await ada.client.direct(bens_name)
+    sent = [await ada.client.send_text(conversation, str(number)) for number in range(55)]
+    for message in sent:
+        await ada.client.actions.pin(message.id)
+    pins = await ada.client.rest.pins(conversation)
+    assert {pin.message_id for pin in pins} == {message.id for message in sent}
+
+
 def state_of(message: ChatMessage | Message) -> tuple[Any, ...]:
     reactions = message.reactions
     if isinstance(message, Message):

@@ -262,8 +262,17 @@ class RestClient(HttpClient):
         await self.request("DELETE", f"/api/v1/conversations/{conversation_id}/pins/{message_id}")
 
     async def pins(self, conversation_id: UUID) -> list[Pin]:
-        answer = await self.request("GET", f"/api/v1/conversations/{conversation_id}/pins")
-        return decode(answer, _PinPage).items
+        pins: list[Pin] = []
+        cursor: str | None = None
+        while True:
+            answer = await self.request(
+                "GET", f"/api/v1/conversations/{conversation_id}/pins", params={"cursor": cursor}
+            )
+            page = decode(answer, _PinPage)
+            pins += page.items
+            cursor = page.next_cursor
+            if cursor is None:
+                return pins
 
     async def report(self, message_id: UUID, report: Mapping[str, Any]) -> Report:
         return decode(
@@ -318,6 +327,7 @@ class _Scheduled(msgspec.Struct, frozen=True):
 
 class _PinPage(msgspec.Struct, frozen=True):
     items: list[Pin]
+    next_cursor: str | None = None
 
 
 def _fields(second_factor: SecondFactor | None) -> dict[str, str]:
