@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
@@ -29,6 +29,8 @@ from whispr.client.models import (
     Session,
     UserKeys,
 )
+
+T = TypeVar("T")
 
 
 class RestClient(HttpClient):
@@ -198,18 +200,9 @@ class RestClient(HttpClient):
     async def conversation(self, conversation_id: UUID) -> Conversation:
         return await self.get(f"/api/v1/conversations/{conversation_id}", Conversation)
 
-    async def conversations(self) -> AsyncIterator[Conversation]:
+    def conversations(self) -> AsyncIterator[Conversation]:
         """All of one's conversations, page by page."""
-        cursor: str | None = None
-        while True:
-            params = {"limit": "100", **({"cursor": cursor} if cursor else {})}
-            answer = await self.request("GET", "/api/v1/conversations", params=params)
-            page = decode(answer, _ConversationPage)
-            for conversation in page.items:
-                yield conversation
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._items("/api/v1/conversations", _Page[Conversation])
 
     async def add_members(self, conversation_id: UUID, user_ids: Sequence[UUID]) -> None:
         body = {"member_ids": [str(user_id) for user_id in user_ids]}
@@ -262,17 +255,7 @@ class RestClient(HttpClient):
         await self.request("DELETE", f"/api/v1/conversations/{conversation_id}/pins/{message_id}")
 
     async def pins(self, conversation_id: UUID) -> list[Pin]:
-        pins: list[Pin] = []
-        cursor: str | None = None
-        while True:
-            answer = await self.request(
-                "GET", f"/api/v1/conversations/{conversation_id}/pins", params={"cursor": cursor}
-            )
-            page = decode(answer, _PinPage)
-            pins += page.items
-            cursor = page.next_cursor
-            if cursor is None:
-                return pins
+        return [pin async for pin in self._items(f"/api/v1/conversations/{conversation_id}/pins", _Page[Pin])]
 
     async def report(self, message_id: UUID, report: Mapping[str, Any]) -> Report:
         return decode(
@@ -285,24 +268,27 @@ class RestClient(HttpClient):
         """`POST /messages` with `send_at`; the same again answers the same id."""
         return decode(await self.request("POST", "/api/v1/messages", json=message), _Scheduled).scheduled_id
 
-    async def scheduled_messages(self, status: str | None = None) -> AsyncIterator[ScheduledMessage]:
+    def scheduled_messages(self, status: str | None = None) -> AsyncIterator[ScheduledMessage]:
         """One's own, page by page."""
-        cursor: str | None = None
-        while True:
-            params = {"status": status, "cursor": cursor}
-            answer = await self.request("GET", "/api/v1/scheduled-messages", params=params)
-            page = decode(answer, _ScheduledPage)
-            for scheduled in page.items:
-                yield scheduled
-            cursor = page.next_cursor
-            if cursor is None:
-                return
+        return self._items("/api/v1/scheduled-messages", _Page[ScheduledMessage], status=status)
 
     async def change_scheduled(self, scheduled_id: UUID, change: Mapping[str, Any]) -> None:
         await self.request("PATCH", f"/api/v1/scheduled-messages/{scheduled_id}", json=change)
 
     async def cancel_scheduled(self, scheduled_id: UUID) -> None:
         await self.request("DELETE", f"/api/v1/scheduled-messages/{scheduled_id}")
+
+    async def _items(self, path: str, page_type: type[_Page[T]], **params: str | None) -> AsyncIterator[T]:
+        """Everything of a list, page by page."""
+        cursor: str | None = None
+        while True:
+            answer = await self.request("GET", path, params={"limit": "100", "cursor": cursor, **params})
+            page = decode(answer, page_type)
+            for item in page.items:
+                yield item
+            cursor = page.next_cursor
+            if cursor is None:
+                return
 
     async def _enter(self, path: str, body: Mapping[str, Any], idempotency_key: str | None) -> Session:
         answer = await self.request(
@@ -311,23 +297,13 @@ class RestClient(HttpClient):
         return self.adopt(decode(answer, Session))
 
 
-class _ConversationPage(msgspec.Struct, frozen=True):
-    items: list[Conversation]
-    next_cursor: str | None = None
-
-
-class _ScheduledPage(msgspec.Struct, frozen=True):
-    items: list[ScheduledMessage]
+class _Page(msgspec.Struct, Generic[T], frozen=True):
+    items: list[T]
     next_cursor: str | None = None
 
 
 class _Scheduled(msgspec.Struct, frozen=True):
     scheduled_id: UUID
-
-
-class _PinPage(msgspec.Struct, frozen=True):
-    items: list[Pin]
-    next_cursor: str | None = None
 
 
 def _fields(second_factor: SecondFactor | None) -> dict[str, str]:
