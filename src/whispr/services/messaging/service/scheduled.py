@@ -54,7 +54,7 @@ class Examiner(Protocol):
     """The part of sending this needs."""
 
     async def examine(self, draft: Draft) -> Parsed:
-        """Hold a draft to every rule of sending but for its reply; raises why it would be refused."""
+        """Hold a draft to every rule of sending; raises why it would be refused."""
 
 
 class PlanChange(msgspec.Struct, frozen=True):
@@ -108,7 +108,6 @@ class Scheduled:
             await store.lock_person(tx, draft.sender_id)
             if await store.count_open(tx, draft.sender_id) >= MAX_OPEN:
                 raise TooManyScheduled(limit=MAX_OPEN)
-            await _check_reply(tx, plan.draft)
             is_kept = await store.insert(tx, plan)
             if is_kept:
                 await set_timer(tx, PlanRef(plan.id, plan.version))
