@@ -120,17 +120,16 @@ async def _postpone(connection: Connection, ids: Sequence[int], due_at: datetime
     )
 
 
-async def _expire(
-    connection: Connection, before: datetime, limit: int, lasting: Collection[str]
-) -> list[str]:
+async def _expire(connection: Connection, ttl: timedelta, limit: int, lasting: Collection[str]) -> list[str]:
+    # By the clock that wrote `created_at`: one that stands ahead of it would throw rows away before their time.
     rows = await connection.fetch(
         """
         DELETE FROM outbox WHERE id IN (
-            SELECT id FROM outbox WHERE created_at < $1 AND topic <> ALL($3) ORDER BY id LIMIT $2
+            SELECT id FROM outbox WHERE created_at < now() - $1::interval AND topic <> ALL($3) ORDER BY id LIMIT $2
         )
         RETURNING topic
         """,
-        before,
+        ttl,
         limit,
         list(lasting),
     )
@@ -250,8 +249,7 @@ class Dispatcher:
     async def _housekeep(self) -> None:
         async with self._db.connection() as connection:
             if self._ttl is not None:
-                before = self._clock.now() - self._ttl
-                for topic in await _expire(connection, before, 5_000, self._lasting):
+                for topic in await _expire(connection, self._ttl, 5_000, self._lasting):
                     metrics.outbox_rows.labels(topic=topic, outcome="expired").inc()
             waiting = await pending(connection)
         now = self._clock.now()
