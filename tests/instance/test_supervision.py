@@ -12,7 +12,7 @@ import pytest
 from tests.instance.conftest import eventually
 
 from whispr.instance.accounts import reachable
-from whispr.instance.children import Account, spawn, stop
+from whispr.instance.children import Account, spawn, stop, wait_gone
 from whispr.instance.layout import Layout
 from whispr.instance.leftovers import MARK, end_leftovers, is_of
 from whispr.instance.logs import KEPT, rotate
@@ -159,6 +159,21 @@ def test_ports_stay_over_restarts_and_lie_below_those_of_outgoing_connections(tm
     again = Layout(tmp_path).ports(["auth.http", "auth.grpc", "user.http"])
     assert again.items() >= first.items()
     assert free_port(again.values()) not in again.values()
+
+
+def test_a_port_that_is_spoken_for_is_given_to_nobody(tmp_path: Path) -> None:
+    first = Layout(tmp_path).ports(["auth.http", "auth.grpc"])
+    again = Layout(tmp_path).ports(["auth.http", "auth.grpc"], taken={first["auth.http"]})
+    assert again["auth.http"] != first["auth.http"]
+    assert again["auth.grpc"] == first["auth.grpc"]
+
+
+def test_a_process_that_nobody_asked_after_has_ended_all_the_same() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    assert wait_gone(process.pid, 20)
+    os.kill(process.pid, 0)
+    process.wait()
+    assert wait_gone(process.pid, 0.1)
 
 
 def test_a_half_written_ports_file_is_no_obstacle(tmp_path: Path) -> None:

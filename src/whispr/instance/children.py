@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 PR_SET_PDEATHSIG = 1
 
 
@@ -101,15 +103,21 @@ def stop(process: "subprocess.Popen[bytes]", first: int, grace: float) -> int:
 
 
 def wait_gone(pid: int, seconds: float) -> bool:
-    """Waits until no process has `pid`; false when it is still there after `seconds`."""
+    """Waits until the process `pid` has ended; false when it still runs after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
+        if not _runs(pid):
             return True
         time.sleep(0.02)
     return False
+
+
+def _runs(pid: int) -> bool:
+    try:
+        # What has ended keeps its number until its parent has asked after it, which some never do.
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def raise_file_limit() -> None:

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class Layout:
         write_private(path, value)
         return value
 
-    def ports(self, names: list[str]) -> dict[str, int]:
-        """A port for each name: the one of last time where it is still free, else a new one."""
+    def ports(self, names: list[str], taken: Collection[int] = ()) -> dict[str, int]:
+        """A port for each name, none of them in `taken`: the one of last time where it is still free, else a new one."""
         path = self.root / PORTS_FILE
         try:
             known = json.loads(path.read_text())
@@ -80,8 +81,9 @@ class Layout:
         chosen: dict[str, int] = {}
         for name in names:
             port = known.get(name)
-            usable = isinstance(port, int) and port not in chosen.values() and is_free(port)
-            chosen[name] = port if usable else free_port(chosen.values())
+            unusable = {*taken, *chosen.values()}
+            usable = isinstance(port, int) and port not in unusable and is_free(port)
+            chosen[name] = port if usable else free_port(unusable)
         write_private(path, json.dumps({**known, **chosen}, indent=1))
         return chosen
 

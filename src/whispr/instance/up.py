@@ -68,7 +68,8 @@ class Instance:
         self._claim_public_port()
         raise_file_limit()
         names = ["postgres", "valkey", "readiness", *self._services.port_names()]
-        self.site.ports.update(self.layout.ports(names))
+        # The gateway binds its port last: nothing else of ours may have been put there.
+        self.site.ports.update(self.layout.ports(names, taken={self.settings.port}))
         await self._servers.start()
         self._authority = await asyncio.to_thread(
             LocalCA, self.layout.authority, self.settings.trust_domain, self.settings.namespace
