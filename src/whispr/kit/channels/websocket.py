@@ -56,6 +56,9 @@ _PONG: Final = WSMsgType.PONG
 _TEXT_FRAME: Final = b"\x81"
 _BINARY_FRAME: Final = b"\x82"
 
+_MAX_UNSENT: Final = 64 * 1024
+"""Kept for a socket until the turn of the loop is over. The loop then tells us when a socket does not take what it is sent."""
+
 _MAX_REASON: Final = 123
 """A close frame carries at most 125 bytes, two of which are its code."""
 
@@ -92,6 +95,7 @@ class WebSocketLink(WSListener):
         "_server",
         "_socket",
         "_transport",
+        "_unsent",
     )
 
     carries_binary: Final = True
@@ -110,6 +114,7 @@ class WebSocketLink(WSListener):
         self._fragments: bytearray | None = None
         self._fragments_kind = _TEXT
         self._paused = False
+        self._unsent: bytearray | None = None
         self._cut_off: asyncio.TimerHandle | None = None
 
     # What picows calls.
@@ -186,20 +191,36 @@ class WebSocketLink(WSListener):
                 if self._socket is not None:
                     self._socket.close(TRY_AGAIN_LATER, "slow consumer")
                 return
-        # Not through picows: it makes a system call for each frame, and the loop one for all that a socket is sent in a
-        # turn, such as a reply and the sender's own event. It would also keep a buffer for each connection.
+        # Not through picows: it would keep a buffer for each connection. And not at once: the loop makes a system call for
+        # each write, and what a socket is sent in a turn, such as a reply and the sender's own event, needs only one.
+        unsent = self._unsent
+        if unsent is None:
+            unsent = self._unsent = bytearray()
+            self._server.flush_soon(self)
         size = len(head) + len(tail)
         if size < 126:
-            below.write(b"%b%c%b%b" % (kind, size, head, tail))
+            unsent += b"%b%c%b%b" % (kind, size, head, tail)
         elif size < 1 << 16:
-            below.write(b"%b~%b%b%b" % (kind, size.to_bytes(2, "big"), head, tail))
+            unsent += b"%b~%b%b%b" % (kind, size.to_bytes(2, "big"), head, tail)
         else:
-            below.write(b"%b\x7f%b%b%b" % (kind, size.to_bytes(8, "big"), head, tail))
+            unsent += b"%b\x7f%b%b%b" % (kind, size.to_bytes(8, "big"), head, tail)
+        if len(unsent) > _MAX_UNSENT:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what was sent in this turn to the loop."""
+        unsent, self._unsent = self._unsent, None
+        transport = self._transport
+        if unsent is not None and transport is not None and not transport.is_close_frame_sent:
+            below = transport.underlying_transport
+            if not below.is_closing():
+                below.write(unsent)
 
     def close(self, code: int, reason: str) -> None:
         transport = self._transport
         if transport is None or transport.is_disconnected:
             return
+        self.flush()
         transport.send_close(code, reason.encode()[:_MAX_REASON])  # type: ignore[arg-type]
         if self._paused:
             self.resume_writing()
@@ -263,6 +284,7 @@ class WebSocketLink(WSListener):
         transport = self._transport
         assert transport is not None
         if not transport.is_close_frame_sent:
+            self.flush()
             code = frame.get_close_code()
             # A close frame without a code must not be answered with "no code", which may not be sent.
             transport.send_close(WSCloseCode.OK if code == WSCloseCode.NO_INFO else code)
@@ -276,6 +298,7 @@ class WebSocketServer:
     def __init__(self, core: Core, door: Door, path: str) -> None:
         self.core = core
         self._closing: set[WebSocketLink] = set()
+        self._unflushed: list[WebSocketLink] = []
         self._all_closed = asyncio.Event()
         self._door = door
         self._path = path
@@ -299,6 +322,17 @@ class WebSocketServer:
         self._listeners.append(server)
         bound: int = server.sockets[0].getsockname()[1]
         return bound
+
+    def flush_soon(self, link: WebSocketLink) -> None:
+        """Flush the link when the present turn of the loop is over."""
+        if not self._unflushed:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unflushed.append(link)
+
+    def _flush(self) -> None:
+        links, self._unflushed = self._unflushed, []
+        for link in links:
+            link.flush()
 
     def began_closing(self, link: WebSocketLink) -> None:
         """A link waits for the other side to finish closing."""
