@@ -370,6 +370,9 @@ async def _serve(name: str, build: Callable[[Context], Awaitable[Service]], comm
     # What was made while starting lives for ever; leaving it out keeps collections short under load.
     gc.collect()
     gc.freeze()
+    # What is under way together at load are some thousand objects, all freed by their last reference. At the usual 700 each
+    # few messages would have the collector walk through them, and each few seconds through all that the process holds.
+    gc.set_threshold(20_000, 20, 20)
     gave_up = asyncio.create_task(running.supervisor.gave_up())
     await asyncio.wait({gave_up, stopped}, return_when=asyncio.FIRST_COMPLETED)
     failed = gave_up.done()
