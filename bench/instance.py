@@ -51,6 +51,8 @@ class Instance:
 def own_instance(**environment: str) -> Iterator[Instance]:
     """Start an instance with `environment` added, and with request-rate limits lifted."""
     directory = Path(tempfile.mkdtemp(prefix="whispr-bench-"))
+    # PostgreSQL's own user must be able to enter: else, as root, its data would lie elsewhere and stay there.
+    directory.chmod(0o755)
     port = free_port()
     log = (directory / "up.log").open("wb")
     process = subprocess.Popen(
