@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from picows import WSError
+
 from bench.fleet import Fleet
 from bench.load import Device, Person, Refused, connect, gather_bounded
 from bench.stream import Offer, Sender, Stream, Taken, described, merged
@@ -18,7 +20,7 @@ from bench.stream import Offer, Sender, Stream, Taken, described, merged
 HEARTBEAT = b'[null,"h","phoenix","heartbeat",{}]'
 HEARTBEAT_SECONDS = 30.0
 
-_JOINS = 20
+_TRIES = 20
 _PASSING = frozenset(
     {"neighbour_unavailable", "database_unavailable", "unavailable", "timeout", "overloaded"}
 )
@@ -74,7 +76,7 @@ class Crowd:
 
     async def join_one(self, seat: Seat, with_user_topic: bool) -> float:
         started = time.monotonic()
-        device = await connect(self._url, seat.person.token, seat.address)
+        device = await _connect(self._url, seat)
         if with_user_topic:
             await _join(device, f"user:{seat.person.user_id}", "2")
         await _join(device, f"conversation:{seat.conversation}", "1")
@@ -144,13 +146,28 @@ async def run_offer(fleet: Fleet, offer: Offer, patience: float = 15) -> dict[st
     return described(offer, merged(await fleet.call("taken")))
 
 
+async def _connect(url: str, seat: Seat) -> Device:
+    for attempt in range(_TRIES):
+        try:
+            return await connect(url, seat.person.token, seat.address)
+        except (OSError, WSError, TimeoutError):
+            if attempt == _TRIES - 1:
+                raise
+            await _pause(attempt)
+    raise AssertionError("the last try returns or raises")
+
+
 async def _join(device: Device, topic: str, ref: str) -> None:
     """Join as clients do: a server that has too much to do is asked again, with growing pauses."""
-    for attempt in range(_JOINS):
+    for attempt in range(_TRIES):
         try:
             await device.join(topic, ref)
             return
         except Refused as refusal:
-            if refusal.reason not in _PASSING or attempt == _JOINS - 1:
+            if refusal.reason not in _PASSING or attempt == _TRIES - 1:
                 raise
-            await asyncio.sleep(random.uniform(0, min(15.0, 0.5 * 2**attempt)))
+            await _pause(attempt)
+
+
+async def _pause(attempt: int) -> None:
+    await asyncio.sleep(random.uniform(0, min(15.0, 0.5 * 2**attempt)))

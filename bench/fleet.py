@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, suppress
@@ -77,6 +78,6 @@ async def _answer(pipe: Connection, make: Make, arguments: tuple[Any, ...]) -> N
         method, given = await asyncio.to_thread(pipe.recv)
         try:
             answer = await getattr(held, method)(*given)
-        except Exception as error:  # noqa: BLE001 - it is raised again where the result is wanted
-            answer = RuntimeError(f"{method} in a generator process: {type(error).__name__}: {error}")
+        except Exception:  # noqa: BLE001 - it is raised again where the result is wanted
+            answer = RuntimeError(f"{method} in a generator process:\n{traceback.format_exc()}")
         pipe.send(answer)

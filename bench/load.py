@@ -218,7 +218,10 @@ def client_frame(message: bytes) -> bytes:
 
 
 async def connect(url: str, token: str, local_address: str | None = None) -> Device:
-    """A connected device. `local_address` spreads connections over 127.0.0.0/8, or ports would run out."""
+    """A connected device. `local_address` spreads connections over 127.0.0.0/8, or ports would run out.
+
+    Raises OSError or picows.WSError when the server does not take it.
+    """
     place: dict[str, Any] = {"local_addr": (local_address, 0)} if local_address else {}
     _, device = await ws_connect(
         Device,
@@ -227,5 +230,6 @@ async def connect(url: str, token: str, local_address: str | None = None) -> Dev
         read_buffer_init_size=1024,
         **place,
     )
-    assert isinstance(device, Device)
+    if not isinstance(device, Device):
+        raise ConnectionResetError("the server cut the connection off before it was made")
     return device
