@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import sys
 from hashlib import sha256
 from typing import Any
 from uuid import UUID, uuid4
@@ -21,6 +22,7 @@ from whispr.services.messaging.models import (
     InvalidContent,
     InvalidMessageType,
 )
+from whispr.services.messaging.service import signatures
 from whispr.services.messaging.service.content import canonical_json, parse
 from whispr.services.messaging.service.signatures import SignatureChecker
 
@@ -156,6 +158,7 @@ def test_signature_covers_conversation_client_id_and_content() -> None:
 @pytest.mark.parametrize("count", [1, 8, 41])
 async def test_only_the_bad_signatures_of_a_batch_are_named(count: int, processes: int) -> None:
     checker = SignatureChecker(processes)
+    await checker.start()
     device, other = Device(uuid4()), Device(uuid4())
     drafts = [parse(device.draft(uuid4())) for _ in range(count)]
     claims = [(device.signing_key, one.signed, one.draft.signature) for one in drafts]
@@ -167,22 +170,46 @@ async def test_only_the_bad_signatures_of_a_batch_are_named(count: int, processe
     await checker.close()
 
 
-async def test_helper_that_dies_costs_no_answer() -> None:
+async def test_helper_that_dies_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signatures, "_RETRY_SECONDS", 0.0)
     checker = SignatureChecker(1)
-    device = Device(uuid4())
-    parsed = parse(device.draft(uuid4()))
-    claims = [(device.signing_key, parsed.signed, parsed.draft.signature)] * 20
+    await checker.start()
+    claims = a_batch()
     assert await checker.check(claims) == [True] * 20
     helper = checker._helpers[0]._process
     assert helper is not None
     helper.kill()
     assert await checker.check(claims) == [True] * 20
+    assert checker._helpers[0]._process is None
     assert await checker.check(claims) == [True] * 20
+    await checker.start()
     again = checker._helpers[0]._process
     assert again is not None
     assert again.pid != helper.pid
+    assert await checker.check(claims) == [True] * 20
     await checker.close()
     assert again.returncode is not None
+
+
+async def test_nobody_waits_for_a_helper_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = SignatureChecker(1)
+    claims = a_batch()
+    assert await checker.check(claims) == [True] * 20
+    assert checker._helpers[0]._process is None, "it is being started"
+    await checker.start()
+    assert checker._helpers[0]._process is not None
+    await checker.close()
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    without = SignatureChecker(1)
+    await without.start()
+    assert await without.check(claims) == [True] * 20
+    await without.close()
+
+
+def a_batch() -> list[tuple[bytes, bytes, bytes]]:
+    device = Device(uuid4())
+    parsed = parse(device.draft(uuid4()))
+    return [(device.signing_key, parsed.signed, parsed.draft.signature)] * 20
 
 
 def test_msgspec_sorts_as_python_does() -> None:

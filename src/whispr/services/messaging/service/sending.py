@@ -227,7 +227,9 @@ class Sending:
             self._judge_reply(draft.reply_to_id, conversation, draft.sender_id)
         own = self._devices.peek(draft.sender_id)
         if own is None:
-            raise _Missing(lambda: self._devices.load([draft.sender_id]))
+            # The others' devices are wanted next where there are envelopes: one question asks for all.
+            wanted = [draft.sender_id] if parsed.envelopes is None else [*conversation.members]
+            raise _Missing(lambda: self._devices.load(wanted))
         signing_key = own.signing_keys.get(draft.sender_device_id)
         if signing_key is None:
             if asked_auth:
