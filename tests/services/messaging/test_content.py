@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
@@ -176,14 +177,14 @@ async def test_helper_that_dies_costs_no_answer(monkeypatch: pytest.MonkeyPatch)
     await checker.start()
     claims = a_batch()
     assert await checker.check(claims) == [True] * 20
-    helper = checker._helpers[0]._process
+    helper = helper_of(checker)
     assert helper is not None
     helper.kill()
     assert await checker.check(claims) == [True] * 20
-    assert checker._helpers[0]._process is None
+    assert helper_of(checker) is None
     assert await checker.check(claims) == [True] * 20
     await checker.start()
-    again = checker._helpers[0]._process
+    again = helper_of(checker)
     assert again is not None
     assert again.pid != helper.pid
     assert await checker.check(claims) == [True] * 20
@@ -195,15 +196,19 @@ async def test_nobody_waits_for_a_helper_that_is_not_there(monkeypatch: pytest.M
     checker = SignatureChecker(1)
     claims = a_batch()
     assert await checker.check(claims) == [True] * 20
-    assert checker._helpers[0]._process is None, "it is being started"
+    assert helper_of(checker) is None, "it is being started"
     await checker.start()
-    assert checker._helpers[0]._process is not None
+    assert helper_of(checker) is not None
     await checker.close()
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     without = SignatureChecker(1)
     await without.start()
     assert await without.check(claims) == [True] * 20
     await without.close()
+
+
+def helper_of(checker: SignatureChecker) -> asyncio.subprocess.Process | None:
+    return checker._helpers[0]._process
 
 
 def a_batch() -> list[tuple[bytes, bytes, bytes]]:

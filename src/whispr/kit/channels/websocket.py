@@ -185,8 +185,8 @@ class WebSocketLink(WSListener):
             # The connection broke and the loop has yet to say so; it would log each write until then.
             return
         if self._paused:
-            unsent = below.get_write_buffer_size()
-            if unsent > self._server.core.limits.max_write_buffer:
+            waiting = below.get_write_buffer_size()
+            if waiting > self._server.core.limits.max_write_buffer:
                 stats.slow_closes += 1
                 if self._socket is not None:
                     self._socket.close(TRY_AGAIN_LATER, "slow consumer")
