@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -83,6 +84,7 @@ def test_it_says_what_runs_and_last_where(up: Up) -> None:
 def test_run_json_names_every_part_and_only_its_owner_reads_it(up: Up) -> None:
     record = up.record
     assert record["public"] == up.url
+    assert record["gateway"]["metrics"] == f"{record['internal']}/metrics/gateway"
     assert set(record["services"]) == set(SERVICES)
     for service in record["services"].values():
         assert {"http", "grpc", "internal", "pid"} <= service.keys()
@@ -175,25 +177,39 @@ def roles(token: str) -> str:
 @pytest.mark.parametrize("part", ["user", "messaging", "auth", "valkey", "gateway", "postgres"])
 def test_a_killed_part_comes_back_by_itself(up: Up, part: str) -> None:
     session = register(up)
-    before = up.pids()
+    before, restarts = up.pids(), counted_restarts(up)
     os.kill(before[part], signal.SIGKILL)
     wait_for(lambda: up.pids()[part] not in {None, before[part]}, 10)
     wait_for(up.is_ready, 30)
     after = up.pids()
     assert {name for name in before if before[name] != after[name]} == {part}, "the others were left alone"
     assert up.ask("/api/v1/users/me", token=session["access_token"])[0] == 200
+    assert counted_restarts(up) == {**restarts, part: restarts[part] + 1}
+    assert read(up.record["gateway"]["metrics"])
+
+
+def counted_restarts(up: Up) -> dict[str, int]:
+    """Of every part, as the metrics of `up` have them."""
+    text = read(f"{up.record['internal']}/metrics")
+    found = re.findall(r'^whispr_part_restarts_total\{part="([^"]+)"\} (\S+)$', text, re.MULTILINE)
+    return {part: int(float(count)) for part, count in found}
+
+
+def test_every_part_is_in_the_metrics_of_up(up: Up) -> None:
+    assert set(counted_restarts(up)) == {"postgres", "valkey", "gateway", *SERVICES}
 
 
 def test_killed_it_recovers_with_all_its_data_and_term_leaves_no_process() -> None:
     with data_folder() as folder:
         first = Up(folder).wait_ready()
         session = register(first)
-        pids = first.pids()
+        pids, socket = first.pids(), Path(first.record["gateway"]["admin"])
         first.process.kill()
         first.process.wait()
         second = Up(folder, port=first.port).wait_ready()
         assert second.ask("/api/v1/users/me", token=session["access_token"])[0] == 200
         assert [name for name, pid in pids.items() if not gone(pid)] == []
+        assert not socket.parent.exists(), "nor is anything of it left outside of its folder"
         pids = second.pids()
         assert second.stop(signal.SIGTERM) == 0
         assert [name for name, pid in pids.items() if not gone(pid)] == []
@@ -201,11 +217,13 @@ def test_killed_it_recovers_with_all_its_data_and_term_leaves_no_process() -> No
         assert whispr("status", "--data", str(folder)).returncode == 3
 
 
-def internal(up: Up, path: str) -> str:
-    with urllib.request.urlopen(
-        f"{up.record['services']['messaging']['internal']}{path}", timeout=10
-    ) as answer:
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as answer:
         return str(answer.read().decode())
+
+
+def internal(up: Up, path: str) -> str:
+    return read(f"{up.record['services']['messaging']['internal']}{path}")
 
 
 def test_a_feature_is_switched_off_while_everything_runs(up: Up) -> None:

@@ -75,6 +75,9 @@ async def test_each_worker_is_named_shown_and_ready(up: Up) -> None:
     states = {part["name"]: part["state"] for part in json.loads(outcome.stdout)["parts"]}
     assert [states[name] for name in ("messaging", "messaging-2", "messaging-3")] == ["ready"] * WORKERS
     assert up.ask("/readyz")[1]["services"]["messaging"] == "ready"
+    own = {"internal": up.record["internal"]}
+    names = ("messaging", "messaging-2", "messaging-3")
+    assert [metric(own, rf'whispr_part_up\{{part="{name}"\}} ') for name in names] == [1] * WORKERS
 
 
 async def test_sockets_and_requests_are_spread_over_the_workers(up: Up, http: httpx.AsyncClient) -> None:

@@ -92,6 +92,13 @@ def listening(port: int) -> bool:
         return False
 
 
+def samples(text: bytes | None) -> dict[str, float]:
+    """The samples of Prometheus' text: each name with its labels as it is written there, and the value."""
+    assert text is not None, "nobody answered"
+    lines = [line for line in text.decode().splitlines() if line and not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
 async def eventually(check: Callable[[], bool | Awaitable[bool]], seconds: float = 20.0) -> None:
     """Waits for `check`; fails after `seconds`."""
     deadline = time.monotonic() + seconds

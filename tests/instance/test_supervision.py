@@ -126,6 +126,20 @@ def test_leftovers_are_ended_and_strangers_are_not(tmp_path: Path) -> None:
         stop(stranger, signal.SIGKILL, 5)
 
 
+def test_the_socket_of_a_killed_instance_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    ours, strangers = tmp_path / "whispr-gateway-x1", tmp_path / "somewhere"
+    for folder in (ours, strangers):
+        folder.mkdir()
+        (folder / "admin").touch()
+    link = tmp_path / "whispr-gateway-x2"
+    link.symlink_to(strangers)
+    for folder in (ours, strangers, link, tmp_path / "whispr-gateway-gone"):
+        end_leftovers(tmp_path, {"gateway": {"pid": None, "admin": str(folder / "admin")}})
+    end_leftovers(tmp_path, {"gateway": {"pid": None, "admin": None}})
+    assert not ours.exists()
+    assert (strangers / "admin").exists()
+
+
 def test_a_spare_that_cannot_load_is_not_started_over_and_over(tmp_path: Path) -> None:
     spare = Spare(["no_such_service"], os.environ, tmp_path / "spare.log")
     spare.warm()

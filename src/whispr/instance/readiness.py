@@ -1,9 +1,9 @@
-"""What `/readyz` on the public port says: the answers of all services, in one."""
+"""The loopback port of `up` itself: `/readyz`, which the gateway passes on, and what is for this machine only."""
 
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
@@ -16,10 +16,12 @@ class Readiness:
 
     `ports` are the internal ports of a service's workers. A service some of whose workers are away is `degraded`: the
     others serve on, and a load balancer that took the whole instance out for it would make an outage of a restart.
+    `pages` are served beside it; the gateway leads to none of them.
     """
 
-    def __init__(self, ports: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, ports: Mapping[str, Sequence[int]], pages: Iterable[web.RouteDef] = ()) -> None:
         self._ports = ports
+        self._pages = tuple(pages)
         self._session: ClientSession | None = None
         self._runner: web.AppRunner | None = None
         self._answer: tuple[float, dict[str, str]] = (float("-inf"), {})
@@ -30,6 +32,7 @@ class Readiness:
         self._session = ClientSession(timeout=ClientTimeout(total=ASK_SECONDS))
         application = web.Application()
         application.router.add_get("/readyz", self._respond)
+        application.router.add_routes(self._pages)
         self._runner = web.AppRunner(application, access_log=None, handle_signals=False, shutdown_timeout=0.5)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", port).start()

@@ -13,6 +13,7 @@ from whispr.instance.catalog import Entry
 from whispr.instance.children import spawn
 from whispr.instance.errors import StartFailed
 from whispr.instance.leftovers import MARK
+from whispr.instance.metrics import Metrics
 from whispr.instance.readiness import Readiness
 from whispr.instance.servers import Servers
 from whispr.instance.serving import Spare
@@ -39,12 +40,15 @@ class Worker:
 class Services:
     """Starts and describes every worker of every service.
 
-    `command` gives the command line of a service's process where it is not ours.
+    `metrics` are served where readiness is; `command` gives the command line of a service's process where it is not ours.
     """
 
-    def __init__(self, site: Site, servers: Servers, command: Callable[[str], list[str]] | None) -> None:
+    def __init__(
+        self, site: Site, servers: Servers, metrics: Metrics, command: Callable[[str], list[str]] | None
+    ) -> None:
         self._site = site
         self._servers = servers
+        self._metrics = metrics
         self._command = command or (lambda service: [sys.executable, "-m", "whispr", "serve", service])
         # Another command than ours is not what the spare process could become.
         self._spare = None if command is not None else self._make_spare()
@@ -69,7 +73,7 @@ class Services:
             entry.name: [site.ports[f"{worker.name}.internal"] for worker in self._workers[entry.name]]
             for entry in site.entries
         }
-        self.readiness = Readiness(internal)
+        self.readiness = Readiness(internal, self._metrics.routes())
         await self.readiness.start(site.ports["readiness"])
         workers = [worker for entry in site.entries for worker in self._workers[entry.name]]
         for worker in workers:

@@ -37,7 +37,7 @@ async def ended(process: Process) -> int:
 
 class Child:
     """One supervised process. `spawn` starts it; `changed` is called after each restart, `trouble` is told of each end
-    that nobody asked for."""
+    that nobody asked for. `started_at` is when the present process was started, in seconds since 1970."""
 
     def __init__(
         self,
@@ -51,6 +51,7 @@ class Child:
     ) -> None:
         self.name = name
         self.restarts = 0
+        self.started_at = 0.0
         self.last_exit: int | None = None
         self._spawn = spawn
         self._changed = changed
@@ -64,9 +65,14 @@ class Child:
     def pid(self) -> int | None:
         return None if self._process is None else self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """False when the process has ended, until it is started again."""
+        return self._process is not None and self._process.poll() is None
+
     def start(self) -> None:
         """Starts the process and keeps it running until `stop`."""
-        self._process = self._spawn()
+        self._process = self._begin()
         self._keeper = asyncio.create_task(self._keep(self._process), name=f"keep {self.name}")
 
     async def _keep(self, process: Process) -> None:
@@ -84,13 +90,18 @@ class Child:
             await asyncio.sleep(PAUSES[min(failures, len(PAUSES)) - 1])
             self.restarts += 1
             try:
-                self._process = self._spawn()
+                self._process = self._begin()
             except OSError as error:
                 # No memory or no process numbers left for a moment: the next try may do.
                 self._trouble(f"{self.name} could not be started: {error}")
                 failures += 1
             else:
                 return self._process
+
+    def _begin(self) -> Process:
+        process = self._spawn()
+        self.started_at = time.time()
+        return process
 
     async def stop(self) -> None:
         """Asks the process to end, waits, and kills it after the grace period."""

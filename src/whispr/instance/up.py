@@ -17,6 +17,7 @@ from whispr.instance.errors import PortInUse
 from whispr.instance.gateway.running import Gateway
 from whispr.instance.layout import Layout
 from whispr.instance.leftovers import end_leftovers
+from whispr.instance.metrics import Metrics
 from whispr.instance.ports import answers, is_free
 from whispr.instance.servers import Servers
 from whispr.instance.services import Services
@@ -47,8 +48,9 @@ class Instance:
         self.family = Family(self._changed, progress.trouble)
         self.site = Site(settings, entries, self.layout, progress, self.family)
         self._servers = Servers(self.site)
-        self._services = Services(self.site, self._servers, command)
         self._gateway = Gateway(self.site)
+        metrics = Metrics(self.family, lambda: self._gateway.socket)
+        self._services = Services(self.site, self._servers, metrics, command)
         self._progress = progress
         self._authority: LocalCA | None = None
         self._started_at = datetime.now(UTC)
@@ -161,15 +163,22 @@ class Instance:
 
     def description(self) -> dict[str, Any]:
         """What run.json holds."""
+        internal = f"http://127.0.0.1:{self.site.ports['readiness']}"
         return {
             "public": self.url,
+            "internal": internal,
             "version": whispr.__version__,
             "started_at": self._started_at.isoformat(timespec="seconds"),
             "pid": os.getpid(),
             "services": self._services.describe(),
             "postgres": {"url": self._servers.admin_url, "pid": self.family.pid("postgres")},
             "valkey": {"url": self._servers.valkey_url, "pid": self.family.pid("valkey")},
-            "gateway": {"kind": self._gateway.kind, "pid": self.family.pid("gateway")},
+            "gateway": {
+                "kind": self._gateway.kind,
+                "pid": self.family.pid("gateway"),
+                "metrics": f"{internal}/metrics/gateway",
+                "admin": None if self._gateway.socket is None else str(self._gateway.socket),
+            },
         }
 
 

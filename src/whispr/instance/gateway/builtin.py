@@ -6,11 +6,13 @@ It passes tokens on unread and limits nobody: the services check tokens and hold
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import sys
+import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from aiohttp import (
@@ -24,9 +26,11 @@ from aiohttp import (
     web,
 )
 from multidict import CIMultiDict
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
 from whispr.instance.catalog import Route
-from whispr.instance.gateway import Plan
+from whispr.instance.gateway import METRICS_PATH, Plan
+from whispr.instance.gateway.counts import Counts
 
 # They belong to one connection, not to the message (RFC 9110, section 7.6.1).
 HOP_BY_HOP = frozenset(
@@ -42,6 +46,8 @@ HOP_BY_HOP = frozenset(
     }
 )
 REQUEST_ID = "x-request-id"
+# The status of a request that became a socket.
+SWITCHED = 101
 # Escaped slashes and dot segments mean another path to a service than to us: they could lead past the routes.
 AMBIGUOUS = re.compile(r"%2f|%5c|/\.{1,2}(?:/|$)|//", re.IGNORECASE)
 FRAME_BYTES = 1024 * 1024
@@ -56,6 +62,7 @@ class Gateway:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._counts = Counts()
         self._session: ClientSession | None = None
 
     def application(self) -> web.Application:
@@ -63,6 +70,17 @@ class Gateway:
         application.router.add_route("*", "/{path:.*}", self.handle)
         application.cleanup_ctx.append(self._open_session)
         return application
+
+    def administration(self) -> web.Application:
+        """What the socket of the plan answers: what was counted."""
+        application = web.Application()
+        application.router.add_get(METRICS_PATH, self._tell_counts)
+        return application
+
+    async def _tell_counts(self, _: web.Request) -> web.Response:
+        return web.Response(
+            body=self._counts.exposition(), headers={"content-type": CONTENT_TYPE_PLAIN_0_0_4}
+        )
 
     async def _open_session(self, _: web.Application) -> AsyncIterator[None]:
         connector = TCPConnector(limit=0, keepalive_timeout=30)
@@ -72,9 +90,24 @@ class Gateway:
             yield
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answers a request and counts it. A socket, which may stay for days, was counted when it opened."""
+        route = find(self._plan.routes, request.path)
+        began = time.monotonic()
+        # What aiohttp answers to an error that nobody expected.
+        status = 500
+        try:
+            response = await self._answer(request, route)
+            status = response.status
+            return response
+        finally:
+            if status != SWITCHED:
+                service = "none" if route is None else route.service
+                self._counts.answered(service, status, time.monotonic() - began)
+
+    async def _answer(self, request: web.Request, route: Route | None) -> web.StreamResponse:
         request_id = request.headers.get(REQUEST_ID) or str(uuid.uuid4())
         try:
-            response = await self._dispatch(request, request_id)
+            response = await self._dispatch(request, request_id, route)
         except (ClientError, TimeoutError):
             response = problem(503, "unavailable", "The service is not available at the moment.", request_id)
         if not response.prepared:
@@ -82,17 +115,18 @@ class Gateway:
             response.headers["server"] = "whispr"
         return response
 
-    async def _dispatch(self, request: web.Request, request_id: str) -> web.StreamResponse:
+    async def _dispatch(
+        self, request: web.Request, request_id: str, route: Route | None
+    ) -> web.StreamResponse:
         if request.path == "/readyz":
             return await self._pass(request, request_id, self._plan.readiness, None)
         if AMBIGUOUS.search(request.raw_path.partition("?")[0]):
             return problem(400, "invalid_request", "The path is ambiguous.", request_id)
-        route = find(self._plan.routes, request.path)
         if route is None:
             return problem(404, "not_found", "There is nothing at this address.", request_id)
         port = self._plan.addresses[route.service, route.door]
         if route.door == "socket":
-            return await self._pass_socket(request, request_id, port)
+            return await self._pass_socket(request, request_id, route.service, port)
         if route.max_body is not None and (request.content_length or 0) > route.max_body:
             return problem(413, "too_large", "The request is too large.", request_id)
         async with asyncio.timeout(route.timeout):
@@ -121,7 +155,9 @@ class Gateway:
                 await asyncio.sleep(PAUSE_SECONDS)
         raise AssertionError("the last try returns or raises")
 
-    async def _pass_socket(self, request: web.Request, request_id: str, port: int) -> web.StreamResponse:
+    async def _pass_socket(
+        self, request: web.Request, request_id: str, service: str, port: int
+    ) -> web.StreamResponse:
         upgrade = web.WebSocketResponse(
             autoping=False, autoclose=False, max_msg_size=FRAME_BYTES, protocols=_protocols(request)
         )
@@ -137,16 +173,17 @@ class Gateway:
             autoping=False,
             autoclose=False,
             max_msg_size=FRAME_BYTES,
-        ) as service:
+        ) as onward:
             await upgrade.prepare(request)
-            pumps = {
-                asyncio.create_task(_pump(upgrade, service)),
-                asyncio.create_task(_pump(service, upgrade)),
-            }
-            _, waiting = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            with self._counts.open_socket(service):
+                pumps = {
+                    asyncio.create_task(_pump(upgrade, onward)),
+                    asyncio.create_task(_pump(onward, upgrade)),
+                }
+                _, waiting = await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
         return upgrade
 
     @property
@@ -263,14 +300,32 @@ def encode(plan: Plan) -> str:
 
 
 async def serve(plan: Plan) -> None:
-    """Serves the public port until SIGTERM."""
-    runner = web.AppRunner(Gateway(plan).application(), access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    await web.TCPSite(runner, plan.host, plan.port).start()
+    """Serves the public port, and the socket of `plan.admin` to its owner, until SIGTERM."""
+    gateway = Gateway(plan)
+    runners = [await _prepare(gateway.administration()), await _prepare(gateway.application())]
+    with _files_of_ours_alone():
+        await web.UnixSite(runners[0], plan.admin).start()
+    await web.TCPSite(runners[1], plan.host, plan.port).start()
     stopped = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stopped.set)
     await stopped.wait()
-    await runner.cleanup()
+    await asyncio.gather(*(runner.cleanup() for runner in runners))
+
+
+async def _prepare(application: web.Application) -> web.AppRunner:
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    return runner
+
+
+@contextlib.contextmanager
+def _files_of_ours_alone() -> Iterator[None]:
+    """What is made meanwhile has mode 0600 from its first moment on, which a later chmod could not say."""
+    before = os.umask(0o177)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from whispr.instance.catalog import Route
-from whispr.instance.gateway import Plan
+from whispr.instance.gateway import METRICS_PATH, Plan
 
 HTTP_FILTERS = "type.googleapis.com/envoy.extensions.filters.http"
 ANY_CORS = {"header": {"key": "access-control-allow-origin", "value": "*"}, "append_action": "ADD_IF_ABSENT"}
@@ -32,9 +32,14 @@ CONNECTIONS = {
 
 
 def configuration(plan: Plan) -> dict[str, Any]:
-    """The static bootstrap. It has no administration interface: nothing of Envoy is reachable but the public port."""
+    """The static bootstrap. Of TCP nothing is reachable but the public port: Envoy's administration, which could end the
+    process and show its configuration, is a Unix socket of its owner and tells the metrics only."""
     return {
         "node": {"id": "whispr-gateway", "cluster": "whispr"},
+        "admin": {
+            "address": {"pipe": {"path": plan.admin, "mode": 0o600}},
+            "allow_paths": [{"prefix": METRICS_PATH}],
+        },
         "static_resources": {"listeners": [_listener(plan)], "clusters": _clusters(plan)},
         "overload_manager": {
             "resource_monitors": [
