@@ -50,7 +50,7 @@ MAX_BATCH: Final = 500
 # A statement costs PostgreSQL and us about a millisecond, and a question to the helper a fraction of it, however many
 # messages they are for. Once so many were taken within so many seconds, the rest waits for the next such span.
 SPAN: Final = 0.008
-_BUSY: Final = 8
+_BUSY: Final = 24
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
 # Seconds. A message that would wait for longer behind others is better refused at once and sent again.
