@@ -478,6 +478,36 @@ def test_a_sender_key_reaches_more_devices_than_one_message_can_carry_it_to() ->
     assert [party.read(sent) for party in others] == ["to all"] * 60
 
 
+def test_what_an_old_installation_sent_late_leads_no_answer_astray() -> None:
+    world = World()
+    alice, bob = world.party(), world.party()
+    assert bob.read(alice.text("hello", bob)) == "hello"
+    late = world.party(bob.user_id, bob.device_id)
+    alice.learn(late)
+    on_its_way = late.text("sent before the next one took its place", alice)
+    again = world.party(bob.user_id, bob.device_id)
+    alice.learn(again)
+    assert again.read(alice.text("to the new one", again)) == "to the new one"
+    assert alice.read(on_its_way) == "sent before the next one took its place"
+    assert again.read(alice.text("to the new one still", again)) == "to the new one still"
+
+
+def test_keys_of_a_new_installation_are_asked_for_where_its_first_message_was_missed() -> None:
+    world = World()
+    alice, bob = world.party(), world.party()
+    assert bob.read(alice.text("from the old one", bob)) == "from the old one"
+    again = world.party(alice.user_id, alice.device_id)
+    again.learn(bob)
+    again.text("with the key, and lost", bob, group=True)
+    second = again.text("without it", bob, group=True)
+    with pytest.raises(UnknownSender), bob.store.transaction():
+        bob.engine.open(second.message_for(bob.device_id))
+    bob.learn(again)
+    with pytest.raises(Undecryptable) as refused, bob.store.transaction():
+        bob.engine.open(second.message_for(bob.device_id))
+    assert refused.value.reason == "no_sender_key"
+
+
 def test_a_key_that_somebody_may_have_missed_is_replaced_when_history_is_purged() -> None:
     world = World()
     alice, bob = world.party(), world.party()

@@ -280,13 +280,14 @@ class Engine:
 
     def _open_pairwise(self, message: Message, sender: KnownDevice, body: bytes) -> bytes:
         pairwise = PairwiseMessage.parse(body)
-        handshake = pairwise.handshake
+        handshake, superseded = pairwise.handshake, False
         if handshake is not None:
             named = PinnedKeys(handshake.registration_id, handshake.identity_key, handshake.signing_key)
             if named not in sender.keys:
                 raise UnknownSender(sender.user_id, sender.device_id, named)
+            superseded = named != sender.current
         data = _envelope_data(message.conversation_id, message.client_id, sender.device_id, self.device_id)
-        return self.sessions.decrypt(sender.device_id, pairwise, data)
+        return self.sessions.decrypt(sender.device_id, pairwise, data, superseded=superseded)
 
     def _verify(self, message: Message, sender: KnownDevice) -> None:
         try:
@@ -296,7 +297,8 @@ class Engine:
         signed = message_digest(message.conversation_id, message.client_id, digest)
         if not any(verify(keys.signing_key, signed, signature) for keys in sender.keys):
             claimed = self._claimed(message)
-            if claimed is not None and claimed not in sender.keys:
+            if claimed is None or claimed not in sender.keys:
+                # Made by a new installation, perhaps, whose first message with its keys never came here.
                 raise UnknownSender(sender.user_id, sender.device_id, claimed)
             raise Undecryptable("bad_signature")
         shared = message.content.ciphertext

@@ -138,15 +138,23 @@ class Sessions:
                 return PairwiseMessage(message, session.handshake)
         raise Undecryptable("no_session")
 
-    def decrypt(self, device_id: UUID, pairwise: PairwiseMessage, data: bytes) -> bytes:
-        """Open a message of that device. Raises Undecryptable, and nothing has changed then."""
+    def decrypt(
+        self, device_id: UUID, pairwise: PairwiseMessage, data: bytes, *, superseded: bool = False
+    ) -> bytes:
+        """Open a message of that device. Raises Undecryptable, and nothing has changed then.
+
+        `superseded`: it begins a session with an installation that another has taken the place of since, which could open
+        nothing that is sent on it.
+        """
         sessions = self._load(device_id)
         for session in sessions:
             if session.tag == pairwise.message.session:
                 return self._continue(device_id, sessions, session, pairwise.message, data)
         if pairwise.handshake is None:
             raise Undecryptable("no_session")
-        return self._answer(device_id, sessions, pairwise.handshake, pairwise.message, data)
+        return self._answer(
+            device_id, sessions, pairwise.handshake, pairwise.message, data, superseded=superseded
+        )
 
     def retire(self, device_id: UUID) -> None:
         """Stop sending on the present sessions; they still open what is on its way."""
@@ -173,6 +181,8 @@ class Sessions:
         handshake: Handshake,
         message: RatchetMessage,
         data: bytes,
+        *,
+        superseded: bool,
     ) -> bytes:
         signed_prekey = self._prekeys.signed(handshake.signed_prekey_id)
         one_time_key = None
@@ -199,7 +209,12 @@ class Sessions:
         if post_quantum is not None:
             self._prekeys.use_post_quantum(post_quantum.prekey.key_id)
         session = Session(
-            tag, state, agreed_data, handshake.identity_key, post_quantum=post_quantum is not None
+            tag,
+            state,
+            agreed_data,
+            handshake.identity_key,
+            retired=superseded,
+            post_quantum=post_quantum is not None,
         )
         self._save(device_id, [session, *sessions])
         return plaintext
