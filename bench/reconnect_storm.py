@@ -314,7 +314,9 @@ def main(argv: list[str]) -> int:
         "--settle", type=float, default=5, help="seconds before the drop and after the return"
     )
     parser.add_argument("--timeout", type=float, default=20, help="seconds after which a client tries again")
-    parser.add_argument("--width", type=int, default=1_000, help="returns under way at once per process; 0: all")
+    parser.add_argument(
+        "--width", type=int, default=1_000, help="returns under way at once per process; 0: all"
+    )
     parser.add_argument(
         "--workers", type=int, default=0, help="messaging processes; 0: as many as are needed"
     )
