@@ -17,6 +17,7 @@ from tests.kit.channels.room import Room, user_id
 
 from whispr.kit.channels import Limits
 from whispr.kit.channels.metrics import stats
+from whispr.kit.channels.websocket import WebSocketLink
 
 BEAT = b'[null,"7","phoenix","heartbeat",{}]'
 BEAT_ANSWER = [None, "7", "phoenix", "phx_reply", {"status": "ok", "response": {}}]
@@ -119,6 +120,37 @@ async def test_large_and_small_frames_do_not_overwrite_each_other(client: RawCli
     for ref, size in enumerate(sizes):
         frame = await client.next()
         assert (frame[1], frame[4]["response"]["x"] == chr(65 + ref) * size) == (str(ref), True)
+
+
+async def test_what_was_sent_comes_before_the_close_of_the_same_turn(client: RawClient) -> None:
+    await client.join("room:a")
+    room = Room.rooms[0]
+    room.push("one", {"n": 1})
+    room.push("two", {"n": 2})
+    room.socket.close(1001, "kicked")
+    assert [(await client.next())[3:] for _ in range(2)] == [["one", {"n": 1}], ["two", {"n": 2}]]
+    assert (await client.closed()).code == 1001
+
+
+async def test_a_socket_that_cannot_be_written_to_keeps_nothing_from_the_others(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, port = await serve()
+    broken, sound = [await connect(port, f"vsn=2.0.0&token=user{n}") for n in range(2)]
+    for client in (broken, sound):
+        await client.join("room:a")
+    links = [room.socket.link for room in Room.rooms]
+    flush = WebSocketLink.flush
+
+    def fail_once(link: WebSocketLink) -> None:
+        if link is links[0]:
+            raise RuntimeError("closed under our hands")
+        flush(link)
+
+    monkeypatch.setattr(WebSocketLink, "flush", fail_once)
+    for room in Room.rooms:
+        room.push("news", {})
+    assert (await sound.next())[3] == "news"
 
 
 async def test_silent_clients_are_closed_after_a_minute(serve: Serve, connect: Connect) -> None:

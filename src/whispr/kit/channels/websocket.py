@@ -332,7 +332,11 @@ class WebSocketServer:
     def _flush(self) -> None:
         links, self._unflushed = self._unflushed, []
         for link in links:
-            link.flush()
+            try:
+                link.flush()
+            except Exception:
+                # One that cannot be written to must not keep the others from what they were sent.
+                log.exception("flush_failed")
 
     def began_closing(self, link: WebSocketLink) -> None:
         """A link waits for the other side to finish closing."""
