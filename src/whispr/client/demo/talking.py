@@ -60,7 +60,7 @@ async def group(stage: Stage) -> UUID:
     group = await stage.of("Ada's phone").client.group(others, {"title": "Friday"})
     everyone = [label for label in stage.gadgets if "Mallory" not in label]
     await stage.say("Ada's phone", group, "Dinner on Friday at eight, who is in?", everyone)
-    await stage.say("Cleo's phone", group, "Me!", everyone)
+    await stage.say("Cleo's phone", group, "Me, of course!", everyone)
     await stage.say("Ada's phone", group, "Bring an umbrella.", everyone)
     kinds = await stage.envelope_types("Ben's phone", group)
     stage.console.print(f"   Ben's phone was sent envelopes of the types: {', '.join(kinds)}.", style="dim")
