@@ -40,6 +40,38 @@ async def test_a_failure_rolls_back(db: Database) -> None:
         assert await connection.fetchval("SELECT count(*) FROM notes WHERE id = 2") == 0
 
 
+async def test_a_transaction_left_open_is_not_handed_on(new_database: Callable[[str], str]) -> None:
+    alone = Database(new_database("left"), pool_size=1)
+    await alone.open()
+    try:
+        async with alone.connection() as connection:
+            await connection.execute("CREATE TABLE left_open (value int)")
+            await connection.execute("BEGIN")
+            await connection.execute("INSERT INTO left_open VALUES (1)")
+        async with alone.connection() as connection:
+            assert not connection.is_in_transaction()
+            assert await connection.fetchval("SELECT count(*) FROM left_open") == 0
+    finally:
+        await alone.close()
+
+
+async def test_using_a_connection_costs_no_statement_of_its_own(new_database: Callable[[str], str]) -> None:
+    alone = Database(new_database("spare"), pool_size=1, application_name="spare")
+    watcher = Database(new_database("spare-watcher"), pool_size=1)
+    await alone.open()
+    await watcher.open()
+    try:
+        async with alone.connection() as connection:
+            pid = connection.get_server_pid()
+            await connection.fetchval("SELECT 'the last statement'")
+        async with watcher.connection() as connection:
+            last = await connection.fetchval("SELECT query FROM pg_stat_activity WHERE pid = $1", pid)
+        assert last == "SELECT 'the last statement'"
+    finally:
+        await alone.close()
+        await watcher.close()
+
+
 async def test_a_cut_connection_is_a_failure_and_the_next_call_works(db: Database) -> None:
     with pytest.raises(DatabaseUnavailable):
         async with db.transaction() as tx:

@@ -52,8 +52,10 @@ class Database:
 
     `acquire_timeout` (seconds) is how long a caller waits for a connection, a restarting server included: a crash of
     PostgreSQL that its supervisor mends in time is a delay and no error. `settings` are server settings of every
-    connection. `stateless` users leave nothing behind in a session, and are spared the round trip that clears it after
-    each use; a connection that dies idle may then fail its next statement.
+    connection.
+
+    Nobody may leave anything behind in a session (SET, LISTEN, session locks, open cursors): it is not cleared between
+    uses, which would cost each use a round trip of its own.
     """
 
     def __init__(
@@ -65,7 +67,6 @@ class Database:
         command_timeout: float = 30.0,
         application_name: str = "whispr",
         settings: Mapping[str, str] | None = None,
-        stateless: bool = False,
     ) -> None:
         self._url = url
         self._pool_size = pool_size
@@ -73,7 +74,6 @@ class Database:
         self._command_timeout = command_timeout
         self._application_name = application_name
         self._settings = dict(settings or {})
-        self._stateless = stateless
         self._pool: asyncpg.Pool[Any] | None = None
         _databases.add(self)
 
@@ -90,7 +90,7 @@ class Database:
                     timeout=5.0,
                     max_inactive_connection_lifetime=300.0,
                     init=_prepare_connection,
-                    reset=_rollback_only if self._stateless else None,
+                    reset=_clear_nothing,
                     server_settings={
                         "application_name": self._application_name,
                         "timezone": "UTC",
@@ -169,7 +169,7 @@ class Database:
     async def _release(self, connection: asyncpg.pool.PoolConnectionProxy[Any]) -> None:
         if self._pool is None:
             return
-        # Releasing resets the session, which fails on a dead server; the pool has dropped the connection then.
+        # A transaction left open is rolled back, which fails on a dead server; the pool has dropped the connection then.
         with contextlib.suppress(*LOST_CONNECTION):
             await self._pool.release(connection, timeout=2.0)
 
@@ -184,9 +184,8 @@ async def _prepare_connection(connection: Connection) -> None:
         )
 
 
-async def _rollback_only(connection: Connection) -> None:
-    if connection.is_in_transaction():
-        await connection.reset()
+async def _clear_nothing(_connection: Connection) -> None:
+    """In place of the statement that clears the session. The pool has rolled back what was left open by then."""
 
 
 def _pools(position: int) -> Callable[[], float]:

@@ -110,7 +110,7 @@ class World:
     def __init__(self, url: str, valkey_url: str) -> None:
         self.clock = ManualClock()
         self.db = Database(url, pool_size=8)
-        self.flush_db = Database(url, pool_size=4, settings=PLANNER, stateless=True)
+        self.flush_db = Database(url, pool_size=4, settings=PLANNER)
         self.cache = Cache(valkey_url)
         self.auth, self.users = Auth(), Users()
         self.signatures = SignatureChecker(0)

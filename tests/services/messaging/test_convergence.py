@@ -86,7 +86,7 @@ class Node:
     def __init__(self, url: str, valkey_url: str, clock: ManualClock, auth: Auth) -> None:
         friends = Friends()
         self.db = Database(url, pool_size=3)
-        self.flush_db = Database(url, pool_size=1, settings=PLANNER, stateless=True)
+        self.flush_db = Database(url, pool_size=1, settings=PLANNER)
         self.cache = Cache(valkey_url)
         self.history = History(self.db)
         self.bus = EventBus(self.cache, self.history)

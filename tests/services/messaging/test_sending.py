@@ -53,7 +53,7 @@ class Bench:
     def __init__(self, url: str, valkey_url: str, **options: Any) -> None:
         self.clock = ManualClock()
         self.db = Database(url, pool_size=4)
-        self.flush_db = Database(url, pool_size=2, settings=PLANNER, stateless=True)
+        self.flush_db = Database(url, pool_size=2, settings=PLANNER)
         self.cache = Cache(valkey_url)
         self.auth, self.users = Auth(), Users()
         self.directory = Directory(self.db, self.cache, self.clock)

@@ -142,7 +142,6 @@ async def build(context: Context) -> Service:
         pool_size=2,
         application_name="whispr-messaging-sending",
         settings=PLANNER,
-        stateless=True,
     )
     devices = Devices(auth, clock)
     signatures = SignatureChecker(settings.signature_processes)
