@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from whispr.kit import batching
 from whispr.kit.batching import Batcher
 from whispr.kit.errors import Unavailable
 
@@ -87,3 +88,33 @@ async def test_whoever_was_just_answered_may_ask_again_at_once() -> None:
     async with asyncio.timeout(2):
         for number in range(20):
             assert await batcher.ask(number) == 2 * number
+
+
+async def test_questions_that_keep_coming_are_held_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "SPAN", 0.5)
+    oracle = Oracle()
+    oracle.gate.set()
+    batcher = Batcher(oracle.answer, largest=3)
+    for number in range(5):
+        assert await batcher.ask(number) == 2 * number
+    assert oracle.batches == [[0], [1], [2], [3], [4]], "whoever asks a few things waits for nothing"
+    first = asyncio.create_task(batcher.ask(5))
+    await _settled()
+    second = asyncio.create_task(batcher.ask(6))
+    assert [await first, await second] == [10, 12]
+    assert oracle.batches[5:] == [[5, 6]], "the sixth waits, and the seventh goes along"
+
+
+async def test_full_batches_are_not_held_apart_and_leave_no_debt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "SPAN", 0.5)
+    oracle = Oracle()
+    oracle.gate.set()
+    batcher = Batcher(oracle.answer, largest=2)
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(5):
+        # One span each would be 100 s.
+        await asyncio.gather(*(batcher.ask(number) for number in range(400)))
+    assert [len(batch) for batch in oracle.batches] == [2] * 200
+    asked = loop.time()
+    await batcher.ask(1)
+    assert loop.time() - asked < 2, "no more than a span"

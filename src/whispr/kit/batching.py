@@ -1,7 +1,8 @@
 """Questions that come at the same time, answered together.
 
-Statements and remote calls cost far more than what they carry. Nobody waits for a batch to fill: one is asked as soon
-as a lane is free, with whatever has come by then, so batches grow with the load and a lone question goes at once.
+Statements and remote calls cost far more than what they carry. One is asked as soon as a lane is free, with whatever has
+come by then, so batches grow with the load and a lone question goes at once. Where questions keep coming faster than every
+`SPAN`, batches are that far apart: many processes with a little to ask each would wear out the one they all ask.
 """
 
 from __future__ import annotations
@@ -9,9 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from whispr.kit.errors import Unavailable
+
+SPAN: Final = 0.02
+"""Seconds. As long as a person at most waits for others' questions, where many come."""
+
+# So many batches may follow each other at once before they are held apart: a person who comes has several questions.
+_BURST: Final = 5
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -34,6 +41,8 @@ class Batcher(Generic[Q, A]):
         self._working: set[asyncio.Task[None]] = set()
         self._is_starting = False
         self._busy = 0
+        # When the next batch would be on time, if one came every span.
+        self._due = 0.0
 
     async def ask(self, question: Q) -> A:
         """The answer to one question."""
@@ -53,6 +62,7 @@ class Batcher(Generic[Q, A]):
         self._is_starting = False
         try:
             while self._waiting:
+                await self._hold_apart()
                 batch: list[tuple[Q, asyncio.Future[A]]] = []
                 while self._waiting and len(batch) < self._largest:
                     question, future = self._waiting.popleft()
@@ -65,6 +75,14 @@ class Batcher(Generic[Q, A]):
             # Here, not when the task is found done: who is answered last may ask again before that, and would wait for
             # a lane that has ended.
             self._busy -= 1
+
+    async def _hold_apart(self) -> None:
+        now = asyncio.get_running_loop().time()
+        # Full batches, which nobody holds apart, must leave no debt that the next small one would wait for.
+        self._due = min(max(self._due, now) + SPAN, now + (_BURST + 1) * SPAN)
+        wait = self._due - now - _BURST * SPAN
+        if wait > 0 and len(self._waiting) < self._largest:
+            await asyncio.sleep(wait)
 
     async def _serve(self, batch: list[tuple[Q, asyncio.Future[A]]]) -> None:
         try:

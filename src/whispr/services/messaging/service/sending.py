@@ -242,7 +242,7 @@ class Sending:
     def _judge_place(self, conversation_id: UUID, user_id: UUID) -> Conversation:
         conversation = self._directory.peek(conversation_id)
         if conversation is None:
-            raise _Missing(lambda: self._load_conversation(conversation_id))
+            raise _Missing(lambda: self._load_place(conversation_id, user_id))
         if user_id not in conversation.members:
             raise NotAMember
         if not conversation.is_active:
@@ -329,11 +329,17 @@ class Sending:
             if (known := self._devices.peek(user_id)) is not None and device in known.registrations
         )
 
-    async def _load_conversation(self, conversation_id: UUID) -> None:
+    async def _load_place(self, conversation_id: UUID, user_id: UUID) -> None:
+        """Load the conversation, and in one go what a message of `user_id` in it is judged by next."""
         try:
-            await self._directory.get(conversation_id)
+            conversation = await self._directory.get(conversation_id)
         except ConversationNotFound:
             raise NotAMember from None
+        if conversation.type is ConversationType.DIRECT and user_id in conversation.members:
+            others = [member for member in conversation.members if member != user_id]
+            await asyncio.gather(
+                self._contact.load(user_id, others), self._devices.load(conversation.members)
+            )
 
     def _enqueue(self, queue: deque[_Waiting], waiting: _Waiting) -> None:
         self._queued += 1
