@@ -13,6 +13,7 @@ import msgspec
 from whispr.contracts import auth_pb2, auth_pb2_grpc
 from whispr.kit.grpc import Channel
 from whispr.kit.identity import Revocation
+from whispr.kit.ids import parse_id
 
 BATCH = 1000
 
@@ -117,7 +118,7 @@ class AuthClient:
         request.since.FromDatetime(since)
         answer = await self._channel.call(self._stub.GetRevocations, request, timeout=2.0, idempotent=True)
         return [
-            Revocation(subject=_subject(item.subject), id=UUID(item.id), at=item.at.ToDatetime(UTC))
+            Revocation(subject=_subject(item.subject), id=parse_id(item.id), at=item.at.ToDatetime(UTC))
             for item in answer.revocations
         ]
 
@@ -130,9 +131,9 @@ class AuthClient:
         return TokenValidation(
             valid=True,
             reason="",
-            user_id=UUID(answer.user_id),
-            device_id=UUID(answer.device_id),
-            session_id=UUID(answer.session_id),
+            user_id=parse_id(answer.user_id),
+            device_id=parse_id(answer.device_id),
+            session_id=parse_id(answer.session_id),
             roles=frozenset(answer.roles),
             expires_at=answer.expires_at.ToDatetime(UTC),
         )
@@ -157,7 +158,7 @@ class AuthClient:
                 self._stub.GetUserDevices, request, timeout=2.0, idempotent=True
             )
             for item in answer.lists:
-                user_id = UUID(item.user_id)
+                user_id = parse_id(item.user_id)
                 devices = tuple(_device(device) for device in item.devices)
                 found[user_id] = DeviceList(user_id, item.epoch, devices)
         return found
@@ -234,7 +235,7 @@ def _subject(text: str) -> Literal["session", "device", "user"]:
 
 def _user(item: auth_pb2.UserInfo) -> UserInfo:
     return UserInfo(
-        user_id=UUID(item.user_id),
+        user_id=parse_id(item.user_id),
         username=item.username,
         status=item.status,
         created_at=item.created_at.ToDatetime(UTC),
@@ -244,8 +245,8 @@ def _user(item: auth_pb2.UserInfo) -> UserInfo:
 
 def _device(item: auth_pb2.Device) -> DeviceInfo:
     return DeviceInfo(
-        device_id=UUID(item.device_id),
-        user_id=UUID(item.user_id),
+        device_id=parse_id(item.device_id),
+        user_id=parse_id(item.user_id),
         registration_id=item.registration_id,
         identity_key=item.identity_key,
         signing_key=item.signing_key,
@@ -260,8 +261,8 @@ def _device(item: auth_pb2.Device) -> DeviceInfo:
 
 def _token(item: auth_pb2.DeviceToken) -> DeviceToken:
     return DeviceToken(
-        user_id=UUID(item.user_id),
-        device_id=UUID(item.device_id),
+        user_id=parse_id(item.user_id),
+        device_id=parse_id(item.device_id),
         platform=item.platform,
         channel=item.channel,
         token=item.token,

@@ -12,6 +12,7 @@ import msgspec
 
 from whispr.contracts import user_pb2, user_pb2_grpc
 from whispr.kit.grpc import Channel
+from whispr.kit.ids import parse_id
 
 BATCH = 1000
 
@@ -140,7 +141,7 @@ class UserClient:
             )
             for (number, _), answer in zip(batch, response.answers, strict=True):
                 answers[number].extend(
-                    PresenceVisibility(UUID(item.user_id), item.online, item.last_seen)
+                    PresenceVisibility(parse_id(item.user_id), item.online, item.last_seen)
                     for item in answer.subjects
                 )
         return answers
@@ -235,16 +236,16 @@ def _question_batches(
 
 def _contactability(item: user_pb2.Contactability) -> Contactability:
     return Contactability(
-        UUID(item.user_id), item.exists, item.allowed, _reason(item.reason), item.knows_sender
+        parse_id(item.user_id), item.exists, item.allowed, _reason(item.reason), item.knows_sender
     )
 
 
 def _profile(item: user_pb2.Profile) -> Profile:
     return Profile(
-        user_id=UUID(item.user_id),
+        user_id=parse_id(item.user_id),
         username=item.username,
         display_name=item.display_name or None,
-        avatar_media_id=UUID(item.avatar_media_id) if item.avatar_media_id else None,
+        avatar_media_id=parse_id(item.avatar_media_id) if item.avatar_media_id else None,
         locale=item.locale,
         time_zone=item.time_zone,
         read_receipts=item.read_receipts,

@@ -1,4 +1,4 @@
-"""Background work: giving back abandoned reservations and forgetting old operations."""
+"""Background work: hints that could not be sent, giving back abandoned reservations and forgetting old operations."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ FORGETTING_SECONDS = 3600.0
 def loops(service: UserService) -> dict[str, Callable[[], Awaitable[None]]]:
     """The supervised loops by name."""
     return {
+        "hints": service.hints.run,
         "expire_reservations": lambda: _every(EXPIRY_SECONDS, service.storage.expire_reservations),
         "forget_operations": lambda: _every(FORGETTING_SECONDS, service.storage.forget_operations),
     }

@@ -40,7 +40,7 @@ class UserService:
         clock: Clock,
         settings: UserSettings,
     ) -> None:
-        hints = Hints(publish)
+        self.hints = hints = Hints(publish)
         directory = Directory(database, accounts, clock)
         self.profiles = Profiles(database, directory, hints, limiter, clock, settings)
         self.relations = Relations(database, directory, hints, limiter, clock, settings)

@@ -55,8 +55,7 @@ class Directory:
 
         Raises BatchTooLarge, and Unavailable where an id is new here and `auth` cannot be asked.
         """
-        if len(user_ids) > BATCH_LIMIT:
-            raise BatchTooLarge
+        check_batch(len(user_ids))
         async with self._database.connection() as conn:
             missing = set(user_ids) - await store.seen_ids(conn, user_ids)
         if missing:
@@ -84,3 +83,9 @@ class Directory:
         if living:
             async with self._database.connection() as conn:
                 await store.create_profiles(conn, living, self._clock.now())
+
+
+def check_batch(size: int) -> None:
+    """Raises BatchTooLarge where more is asked for at once than may be."""
+    if size > BATCH_LIMIT:
+        raise BatchTooLarge

@@ -24,7 +24,7 @@ from whispr.services.user.models import (
     RelatedProfile,
     UserNotFound,
 )
-from whispr.services.user.service.directory import Directory
+from whispr.services.user.service.directory import Directory, check_batch
 from whispr.services.user.service.hints import Hints
 from whispr.services.user.settings import UserSettings
 
@@ -117,7 +117,15 @@ class Profiles:
 
     async def batch(self, user_ids: Sequence[UUID]) -> list[Profile]:
         """The profiles of at most 1,000 people for a neighbouring service; unknown ids are left out."""
-        await self._directory.ensure(user_ids)
+        check_batch(len(user_ids))
+        found = await self._stored(user_ids)
+        missing = set(user_ids) - {profile.user_id for profile in found}
+        if missing:
+            await self._directory.ensure(sorted(missing))
+            found = await self._stored(user_ids)
+        return found
+
+    async def _stored(self, user_ids: Sequence[UUID]) -> list[Profile]:
         async with self._database.connection() as conn:
             return await store.profiles(conn, user_ids)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 from whispr.kit.cache import RateLimiter
@@ -10,8 +10,6 @@ from whispr.kit.clock import Clock
 from whispr.kit.db import Connection, Database
 from whispr.services.user import store
 from whispr.services.user.models import (
-    BATCH_LIMIT,
-    BatchTooLarge,
     BlockLimitReached,
     Contactability,
     ContactBlocked,
@@ -27,7 +25,7 @@ from whispr.services.user.models import (
     RelationPage,
     UserNotFound,
 )
-from whispr.services.user.service.directory import Directory
+from whispr.services.user.service.directory import Directory, check_batch
 from whispr.services.user.service.hints import Hints
 from whispr.services.user.service.profiles import ACTIVITY_GRAIN, admits, shown
 from whispr.services.user.settings import UserSettings
@@ -115,29 +113,16 @@ class Relations:
         self, sender_id: UUID, recipient_ids: Sequence[UUID], purpose: Purpose
     ) -> list[Contactability]:
         """May the sender write to each of at most 1,000 people, or add them to a group?"""
-        await self._directory.ensure(recipient_ids)
-        now = self._clock.now()
-        async with self._database.connection() as conn:
-            await store.touch(conn, [sender_id], now, now - ACTIVITY_GRAIN)
-            found = {
-                item.profile.user_id: item
-                for item in await store.related_profiles(conn, sender_id, recipient_ids)
-            }
-        return [
-            _contactability(sender_id, user_id, found.get(user_id), purpose)
-            for user_id in dict.fromkeys(recipient_ids)
-        ]
+        people = list(dict.fromkeys(recipient_ids))
+        return await self.contactability_of([(sender_id, user_id) for user_id in people], purpose)
 
     async def contactability_of(
         self, pairs: Sequence[tuple[UUID, UUID]], purpose: Purpose
     ) -> list[Contactability]:
         """May the sender write to the recipient, or add them to a group, for at most 1,000 pairs of the two, in order?"""
-        await self._directory.ensure([recipient_id for _, recipient_id in pairs])
-        now = self._clock.now()
-        async with self._database.connection() as conn:
-            senders = list({sender_id for sender_id, _ in pairs})
-            await store.touch(conn, senders, now, now - ACTIVITY_GRAIN)
-            found = await store.related_pairs(conn, pairs)
+        check_batch(len(pairs))
+        await self._touch(sender_id for sender_id, _ in pairs)
+        found = await self._related(pairs)
         return [
             _contactability(sender_id, recipient_id, related, purpose)
             for (sender_id, recipient_id), related in zip(pairs, found, strict=True)
@@ -150,27 +135,41 @@ class Relations:
 
         Raises BatchTooLarge above 1,000 questions or subjects.
         """
-        if len(questions) > BATCH_LIMIT:
-            raise BatchTooLarge
-        await self._directory.ensure([subject for question in questions for subject in question.subject_ids])
-        now = self._clock.now()
-        viewers = list({question.viewer_id for question in questions})
-        answers: list[list[PresenceVisibility]] = [[] for _ in questions]
+        check_batch(len(questions))
+        check_batch(sum(len(question.subject_ids) for question in questions))
+        await self._touch(question.viewer_id for question in questions)
         async with self._database.connection() as conn:
-            await store.touch(conn, viewers, now, now - ACTIVITY_GRAIN)
             contacts = await store.contacts_of(
                 conn, [question.viewer_id for question in questions if not question.subject_ids]
             )
-            asked = [
-                (number, question.viewer_id, subject)
-                for number, question in enumerate(questions)
-                for subject in question.subject_ids or contacts.get(question.viewer_id, ())
-            ]
-            found = await store.related_pairs(conn, [(viewer, subject) for _, viewer, subject in asked])
+        asked = [
+            (number, question.viewer_id, subject)
+            for number, question in enumerate(questions)
+            for subject in question.subject_ids or contacts.get(question.viewer_id, ())
+        ]
+        found = await self._related([(viewer, subject) for _, viewer, subject in asked])
+        answers: list[list[PresenceVisibility]] = [[] for _ in questions]
         for (number, viewer, _), item in zip(asked, found, strict=True):
             if item is not None:
                 answers[number].append(_visibility(viewer, item))
         return answers
+
+    async def _touch(self, user_ids: Iterable[UUID]) -> None:
+        now = self._clock.now()
+        async with self._database.connection() as conn:
+            await store.touch(conn, list(set(user_ids)), now, now - ACTIVITY_GRAIN)
+
+    async def _related(self, pairs: Sequence[tuple[UUID, UUID]]) -> list[RelatedProfile | None]:
+        """Each subject as it stands to the viewer; None where there is no such living person."""
+        async with self._database.connection() as conn:
+            found = await store.related_pairs(conn, pairs)
+        strangers = {subject for (_, subject), item in zip(pairs, found, strict=True) if item is None}
+        if strangers:
+            # Contacts are never strangers, so that these are no more than were named.
+            await self._directory.ensure(sorted(strangers))
+            async with self._database.connection() as conn:
+                found = await store.related_pairs(conn, pairs)
+        return found
 
     async def _prepare(self, owner_id: UUID, user_id: UUID) -> None:
         if owner_id == user_id:
