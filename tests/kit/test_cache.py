@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -60,6 +62,53 @@ async def test_a_handler_that_fails_does_not_end_the_subscription(valkey_url: st
         await cache.publish(channel, b"1")
         await cache.publish(channel, b"2")
         await until(lambda: heard == [b"1", b"2"])
+
+
+async def test_the_subscription_can_be_stopped_at_any_moment(valkey_url: str) -> None:
+    for turns in range(15):
+        cache = Cache(valkey_url)
+        loop = asyncio.create_task(cache.run())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        loop.cancel()
+        done, _ = await asyncio.wait({loop}, timeout=5)
+        assert done, f"after {turns} turns of the loop"
+        await cache.close()
+
+
+async def test_what_is_told_arrives_in_order_among_what_is_published(valkey_url: str) -> None:
+    async with running(valkey_url) as cache, running(valkey_url) as other:
+        one, two, heard = f"test:{uuid4()}", f"test:{uuid4()}", list[tuple[str, bytes]]()
+        other.subscribe(one, lambda message: heard.append((one, message)))
+        other.subscribe(two, lambda message: heard.append((two, message)))
+        await until(lambda: {one, two} <= other.subscribed)
+        told = [((one, two)[number % 2], bytes([number]) * number * 1_000) for number in range(200)]
+        await until(lambda: cache.tell(told[:1]))
+        for start in range(1, 200, 7):
+            assert cache.tell(told[start : start + 7])
+        await until(lambda: len(heard) == 200)
+        assert heard == told
+
+
+async def test_nothing_is_told_while_the_server_is_away_or_does_not_read(tmp_path: Path) -> None:
+    server = EmbeddedValkey(tmp_path).start()
+    async with running(server.url) as cache:
+        cache.subscribe("test", lambda message: None)
+        await until(lambda: "test" in cache.subscribed)
+        assert cache.tell([("test", b"heard")])
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            sent = 0
+            while cache.tell([("other", bytes(1_000_000))]):
+                sent += 1
+                assert sent < 100, "what waits for a silent server must have an end"
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        await until(lambda: cache.tell([("test", b"heard")]), 30)
+        server.stop(grace=0)
+        await until(lambda: "test" not in cache.subscribed)
+        assert not cache.tell([("test", b"lost")])
 
 
 async def test_subscriptions_come_back_after_a_kill_and_the_gap_is_told(tmp_path: Path) -> None:

@@ -7,19 +7,18 @@ reading PostgreSQL.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import RedisError
 
 from whispr.kit.errors import RateLimited, Unavailable
+from whispr.kit.subscription import Subscription
 from whispr.kit.telemetry import get_logger, metrics
 
 log = get_logger(__name__)
@@ -28,6 +27,7 @@ Handler = Callable[[bytes], None]
 
 _ANSWER_SECONDS = 5.0
 _PROOF_SECONDS = 2.5
+_PAUSE_SECONDS = 0.1
 
 LOST_CACHE: tuple[type[BaseException], ...] = (RedisError, OSError, asyncio.TimeoutError)
 
@@ -54,6 +54,8 @@ class Cache:
         self.client: Redis = Redis.from_pool(
             BlockingConnectionPool.from_url(
                 url,
+                # A connection that hears can publish only with this one.
+                protocol=3,
                 socket_timeout=timeout,
                 socket_connect_timeout=timeout,
                 health_check_interval=15,
@@ -62,22 +64,16 @@ class Cache:
                 retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), 2),
             )
         )
-        # Reading a subscription waits for hints for as long as there are none, so it must not share the deadline.
-        self._subscriber: Redis = Redis.from_url(
-            url, socket_timeout=None, socket_connect_timeout=timeout, health_check_interval=0
-        )
         self._handlers: dict[str, list[Handler]] = {}
-        self._pubsub: PubSub | None = None
         self._changed = asyncio.Event()
         self._subscribed: set[str] = set()
         self._on_reconnect: list[Callable[[], None]] = []
         self._connected_before = False
-        self._heard = False
+        self._subscription: Subscription | None = None
 
     async def close(self) -> None:
         """Close every connection."""
         await self.client.aclose()
-        await self._subscriber.aclose()
 
     async def ready(self) -> None:
         """Raise `CacheUnavailable` unless Valkey answers now."""
@@ -93,6 +89,16 @@ class Cache:
         except LOST_CACHE as error:
             metrics.cache_failures.inc()
             raise CacheUnavailable from error
+
+    def tell(self, messages: Iterable[tuple[str, bytes]]) -> bool:
+        """Send hints on their channels without waiting; those of one process arrive in order.
+
+        False, and they are lost, while the subscriptions are not served: who missed them is told of a reconnect then.
+        """
+        if self._subscription is not None and self._subscription.publish(messages):
+            return True
+        metrics.cache_failures.inc()
+        return False
 
     def subscribe(self, channel: str, handler: Handler) -> None:
         """Call `handler` with each message of `channel`, in the order they were published."""
@@ -126,83 +132,78 @@ class Cache:
                 log.warning("cache_subscription_lost", error=type(error).__name__)
             finally:
                 self._subscribed = set()
-                await self._drop_pubsub()
             await asyncio.sleep(0.2)
 
     async def _serve_subscriptions(self) -> None:
-        self._pubsub = self._subscriber.pubsub(ignore_subscribe_messages=True)
-        # A channel nobody publishes to keeps the connection in subscribed mode while there is nothing else to hear.
         async with asyncio.timeout(_ANSWER_SECONDS):
-            await self._pubsub.subscribe("whispr:idle")
-        await self._follow_handlers()
-        if self._connected_before:
-            metrics.cache_reconnects.inc()
-            for callback in self._on_reconnect:
-                callback()
-        self._connected_before = True
-        reader = asyncio.create_task(self._read(self._pubsub))
-        prover = asyncio.create_task(self._prove(self._pubsub))
+            subscription = await Subscription.open(self.client, self._deliver)
+        self._subscription = subscription
+        try:
+            await self._follow_handlers(subscription)
+            if self._connected_before:
+                metrics.cache_reconnects.inc()
+                for callback in self._on_reconnect:
+                    callback()
+            self._connected_before = True
+            await self._keep(subscription)
+        finally:
+            self._subscription = None
+            await subscription.close()
+
+    async def _keep(self, subscription: Subscription) -> None:
+        """Follow what is wanted until the connection is gone, or silent."""
+        prover = asyncio.create_task(self._prove(subscription))
         changed = asyncio.create_task(self._changed.wait())
         try:
             while True:
-                done, _ = await asyncio.wait({reader, prover, changed}, return_when=asyncio.FIRST_COMPLETED)
-                if done & {reader, prover}:
-                    for ended in done & {reader, prover}:
-                        ended.result()
+                ends: set[asyncio.Future[Any]] = {subscription.lost, prover, changed}
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if prover.done():
+                    prover.result()
+                if subscription.lost.done():
+                    log.warning("cache_subscription_lost", error="ConnectionLost")
                     return
-                await self._follow_handlers()
+                await self._follow_handlers(subscription)
                 changed = asyncio.create_task(self._changed.wait())
         finally:
-            for task in (reader, prover, changed):
+            for task in (prover, changed):
                 task.cancel()
-            await asyncio.gather(reader, prover, changed, return_exceptions=True)
+            await asyncio.gather(prover, changed, return_exceptions=True)
 
-    async def _follow_handlers(self) -> None:
-        assert self._pubsub is not None
+    async def _follow_handlers(self, subscription: Subscription) -> None:
         self._changed.clear()
         wanted = set(self._handlers)
         for channels, change in (
-            (wanted - self._subscribed, self._pubsub.subscribe),
-            (self._subscribed - wanted, self._pubsub.unsubscribe),
+            (wanted - self._subscribed, subscription.subscribe),
+            (self._subscribed - wanted, subscription.unsubscribe),
         ):
             if channels:
                 # Not wait_for, which on 3.11 forgets a cancellation that arrives together with the answer: a process
                 # that stops just after it has unsubscribed would wait for this loop for ever.
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    await change(*channels)
+                    await change(channels)
         self._subscribed = wanted
 
-    async def _read(self, pubsub: PubSub) -> None:
-        while True:
-            message: dict[str, Any] | None = await pubsub.get_message(timeout=None)
-            self._heard = True
-            if message is None or message["type"] != "message":
-                continue
-            for handler in tuple(self._handlers.get(message["channel"].decode(), ())):
-                try:
-                    handler(message["data"])
-                except Exception:
-                    # One bad hint must not end the subscription that everything else lives on.
-                    log.exception("cache_hint_failed", channel=message["channel"].decode())
+    def _deliver(self, channel: bytes, message: bytes) -> None:
+        name = channel.decode()
+        for handler in tuple(self._handlers.get(name, ())):
+            try:
+                handler(message)
+            except Exception:
+                # One bad hint must not end the subscription that everything else lives on.
+                log.exception("cache_hint_failed", channel=name)
 
-    async def _prove(self, pubsub: PubSub) -> None:
+    async def _prove(self, subscription: Subscription) -> None:
         """Raises TimeoutError once the server is silent: a network that swallows packets closes no connection, and a
         subscription that is only waited on would be deaf for ever."""
         while True:
-            self._heard = False
-            async with asyncio.timeout(_ANSWER_SECONDS):
-                await pubsub.ping()
+            subscription.ping()
             await asyncio.sleep(_PROOF_SECONDS)
-            if not self._heard:
+            if not subscription.has_heard:
+                # After a pause of this process its timers are served before what has come meanwhile.
+                await asyncio.sleep(_PAUSE_SECONDS)
+            if not subscription.has_heard:
                 raise TimeoutError
-
-    async def _drop_pubsub(self) -> None:
-        if self._pubsub is None:
-            return
-        pubsub, self._pubsub = self._pubsub, None
-        with contextlib.suppress(*LOST_CACHE):
-            async with asyncio.timeout(1):
-                await pubsub.aclose()  # type: ignore[no-untyped-call]
 
 
 # GCRA: the key holds the theoretical arrival time in microseconds of the server's clock, so that processes with

@@ -10,7 +10,7 @@ from asyncpg.pgproto import pgproto
 
 def uuid7() -> UUID:
     """A new UUIDv7 (RFC 9562), increasing within a process."""
-    return _swift(uuid_utils.uuid7().bytes)
+    return id_of(uuid_utils.uuid7().bytes)
 
 
 def swift(value: UUID) -> UUID:
@@ -18,7 +18,7 @@ def swift(value: UUID) -> UUID:
 
     For ids that are looked up for every message. Rows of the database have them as such already.
     """
-    return value if type(value) is pgproto.UUID else _swift(value.bytes)
+    return value if type(value) is pgproto.UUID else id_of(value.bytes)
 
 
 def parse_id(text: str) -> UUID:
@@ -27,6 +27,7 @@ def parse_id(text: str) -> UUID:
     return parsed
 
 
-def _swift(value: bytes) -> UUID:
+def id_of(value: bytes) -> UUID:
+    """A `swift` id from its 16 bytes. Raises ValueError."""
     made: UUID = pgproto.UUID(value)
     return made

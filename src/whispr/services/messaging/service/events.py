@@ -19,6 +19,7 @@ import msgspec
 
 from whispr.kit.cache import LOST_CACHE, Cache
 from whispr.kit.errors import Failure
+from whispr.kit.ids import id_of
 from whispr.kit.telemetry import get_logger
 from whispr.services.messaging.models import CommittedEvent
 from whispr.services.messaging.service.packing import (
@@ -50,7 +51,6 @@ _COMPARE_CHUNK: Final = 1_000
 _FILL_PAGE: Final = 200
 _MAX_FILLS: Final = 3
 _MAX_HELD: Final = 1_000
-_MAX_OUTGOING: Final = 20_000
 _NODE_BYTES: Final = 8
 
 # Not edits and reactions: a busy group would have its members read anew with every one of them.
@@ -100,9 +100,8 @@ class EventBus:
         self._shards: dict[int, int] = {}
         self._unproven: set[int] = set()
         self._outgoing: dict[int, PackedBatch] = {}
-        self._outgoing_size = 0
         self._notices: list[bytes] = []
-        self._publisher: asyncio.Task[None] | None = None
+        self._is_sending = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._fills = asyncio.Semaphore(_MAX_FILLS)
         self._alone = False
@@ -182,18 +181,16 @@ class EventBus:
             by_conversation.setdefault(event.conversation_id, []).append(event)
         for conversation_id, group in by_conversation.items():
             self._take(conversation_id, group)
-            if not self._alone and self._outgoing_size < _MAX_OUTGOING:
+            if not self._alone:
                 batch = self._batch(conversation_id)
                 batch.events += map(pack, group)
-                self._outgoing_size += len(group)
         if self._outgoing:
             self._send()
 
     def hint(self, conversation_id: UUID, kind: str, body: bytes) -> None:
         """Tell the other nodes something about a conversation that may be lost."""
-        if not self._alone and self._outgoing_size < _MAX_OUTGOING:
+        if not self._alone:
             self._batch(conversation_id).hints.append(PackedHint(conversation_id.bytes, kind, body))
-            self._outgoing_size += 1
             self._send()
 
     def notice(
@@ -203,7 +200,7 @@ class EventBus:
         raw = payload if isinstance(payload, msgspec.Raw) else msgspec.Raw(msgspec.json.encode(payload))
         for user_id in user_ids:
             self._deliver_notice(user_id, device_id, event, raw)
-        if user_ids and not self._alone and len(self._notices) < _MAX_OUTGOING:
+        if user_ids and not self._alone:
             notice = Notice(
                 event=event, payload=raw, user_ids=list(user_ids), device_id=device_id, node=self._node.hex()
             )
@@ -243,8 +240,7 @@ class EventBus:
 
     async def close(self) -> None:
         """Send what waits to be sent."""
-        while self._publisher is not None:
-            await asyncio.wait([self._publisher])
+        self._send_waiting()
         for task in tuple(self._tasks):
             task.cancel()
 
@@ -407,28 +403,20 @@ class EventBus:
         return batch
 
     def _send(self) -> None:
-        if self._publisher is None:
-            self._publisher = asyncio.get_running_loop().create_task(self._publish_waiting())
+        if not self._is_sending:
+            # What else comes in this turn of the loop goes along.
+            self._is_sending = True
+            asyncio.get_running_loop().call_soon(self._send_waiting)
 
-    async def _publish_waiting(self) -> None:
-        """Publish what has gathered, one message a shard, until nothing has gathered meanwhile."""
-        try:
-            while self._outgoing or self._notices:
-                outgoing, self._outgoing = self._outgoing, {}
-                notices, self._notices = self._notices, []
-                self._outgoing_size = 0
-                pipeline = self._cache.client.pipeline(transaction=False)
-                for shard, batch in outgoing.items():
-                    pipeline.publish(_channel(shard), self._node + encode_batch(batch))
-                for notice in notices:
-                    pipeline.publish(NOTICES, notice)
-                try:
-                    await pipeline.execute()
-                except LOST_CACHE as error:
-                    # The other nodes find out by comparing.
-                    log.warning("publish_lost", error=type(error).__name__, shards=len(outgoing))
-        finally:
-            self._publisher = None
+    def _send_waiting(self) -> None:
+        self._is_sending = False
+        outgoing, self._outgoing = self._outgoing, {}
+        notices, self._notices = self._notices, []
+        messages = [(_channel(shard), self._node + encode_batch(batch)) for shard, batch in outgoing.items()]
+        messages += [(NOTICES, notice) for notice in notices]
+        if messages:
+            # If they are lost, the other nodes find out by comparing.
+            self._cache.tell(messages)
 
     def _hear(self, data: bytes) -> None:
         if data.startswith(self._node):
@@ -439,13 +427,16 @@ class EventBus:
             log.warning("shard_message_unreadable", size=len(data))
             self.suspect()
             return
-        groups: dict[bytes, list[CommittedEvent]] = {}
+        groups: dict[UUID, list[CommittedEvent]] = {}
         for packed in batch.events:
-            groups.setdefault(packed.conversation, []).append(unpack(packed))
-        for key, events in groups.items():
-            self._take(UUID(bytes=key), events)
+            conversation_id = id_of(packed.conversation)
+            # Most of what is heard is of conversations that only other nodes serve.
+            if conversation_id in self._feeds or packed.event in _STRUCTURAL:
+                groups.setdefault(conversation_id, []).append(unpack(packed))
+        for conversation_id, events in groups.items():
+            self._take(conversation_id, events)
         for hint in batch.hints:
-            conversation_id = UUID(bytes=hint.conversation)
+            conversation_id = id_of(hint.conversation)
             if conversation_id in self._feeds:
                 for sink in self._hint_sinks:
                     sink(conversation_id, hint.kind, hint.body)

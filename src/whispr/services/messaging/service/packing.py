@@ -6,6 +6,7 @@ from uuid import UUID
 
 import msgspec
 
+from whispr.kit.ids import id_of
 from whispr.services.messaging.models import CommittedEvent, Content
 
 
@@ -74,5 +75,5 @@ def unpack(packed: PackedEvent) -> CommittedEvent:
     if packed.shared is not None or packed.envelopes is not None:
         content = Content(packed.shared, packed.envelopes)
     return CommittedEvent(
-        UUID(bytes=packed.conversation), packed.seq, packed.event, packed.payload, content, packed.message_seq
+        id_of(packed.conversation), packed.seq, packed.event, packed.payload, content, packed.message_seq
     )
