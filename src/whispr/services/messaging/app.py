@@ -207,7 +207,9 @@ async def build(context: Context) -> Service:
         identity, desk, bus, clock, max_sockets=settings.max_sockets, max_channels=settings.max_channels
     )
     news = channels.DeviceNews(endpoint.hub, whereabouts, Acquaintances(database))
-    outdated = Outdated(context.cache, devices, contact, whereabouts.changed, news.changed)
+    outdated = Outdated(
+        context.cache, devices, contact, whereabouts.changed, news.changed, whereabouts.suspect
+    )
     ports: dict[str, int] = {}
     maintenance = Maintenance(database, log_retention=housekeeping.run_once)
 

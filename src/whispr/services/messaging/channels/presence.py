@@ -13,24 +13,15 @@ from whispr.kit.clock import Clock
 from whispr.kit.identity import Caller
 from whispr.kit.live import Live
 from whispr.kit.pressure import Pressure
+from whispr.services.messaging.channels.watches import Watch, Watches
 from whispr.services.messaging.service.last_seen import LastSeen
 from whispr.services.messaging.service.opening import SMALL_GROUP
 from whispr.services.messaging.service.visibility import View, Visibility
 
-_REFRESH_SECONDS: Final = 60.0
-
-
-class Watch:
-    """A channel that follows presence, and what its viewer may see."""
-
-    __slots__ = ("channel", "is_outdated", "is_reviewed", "topics", "view")
-
-    def __init__(self, channel: Channel, view: View, topics: tuple[str, ...] | None) -> None:
-        self.channel = channel
-        self.view = view
-        self.topics = topics
-        self.is_outdated = False
-        self.is_reviewed = False
+# How often is looked for views that are old, how many are asked for at once, and how long others have their turn between.
+_REFRESH_SECONDS: Final = 10.0
+_REVIEWED_AT_ONCE: Final = 50
+_PAUSE_SECONDS: Final = 0.05
 
 
 class Whereabouts:
@@ -62,8 +53,7 @@ class Whereabouts:
         self._is_shown = live.flag("presence")
         self._visibility = visibility
         self._last_seen = last_seen
-        self._watches: dict[Channel, Watch] = {}
-        self._by_viewer: dict[UUID, set[Watch]] = {}
+        self._watches = Watches()
         self._tasks: set[asyncio.Task[None]] = set()
         live.on_change(self._switch)
 
@@ -83,59 +73,55 @@ class Whereabouts:
         """The channel is gone."""
         self.presence.untrack(channel)
         self.presence.unfollow(channel)
-        watch = self._watches.pop(channel, None)
-        if watch is not None:
-            watches = self._by_viewer[watch.view.viewer_id]
-            watches.discard(watch)
-            if not watches:
-                del self._by_viewer[watch.view.viewer_id]
+        self._watches.remove(channel)
 
     def changed(self, user_id: UUID) -> None:
         """Relations or privacy of `user_id` are not what they were."""
-        for watch in tuple(self._watches.values()):
-            if watch.view.concerns(user_id):
-                self._hold(self._review(watch))
+        for watch in self._watches.concerned(user_id):
+            self._hold(self._review(watch))
 
     def having_contact(self, user_id: UUID) -> set[UUID]:
         """Who is connected here and has `user_id` among their contacts."""
-        return {watch.view.viewer_id for watch in self._watches.values() if watch.view.has_contact(user_id)}
+        return self._watches.having_contact(user_id)
+
+    def suspect(self) -> None:
+        """Hints may have been missed: every view is asked for again, one after the other."""
+        for watch in self._watches:
+            self._visibility.suspect(watch.view)
 
     def joined(self, channel: Channel, user_id: UUID) -> None:
         """`user_id` has become a member of the conversation that `channel` watches."""
-        watch = self._watches.get(channel)
+        watch = self._watches.at(channel)
         if watch is not None and watch.view.subjects is not None and user_id not in watch.view.subjects:
             watch.view.subjects |= {user_id}
+            self._watches.index(watch)
             self._hold(self._review(watch))
 
     async def run(self) -> None:
         """Review what has not been reviewed for long, for ever."""
         while True:
             await asyncio.sleep(_REFRESH_SECONDS)
-            for watch in tuple(self._watches.values()):
-                if self._visibility.is_due(watch.view):
-                    await self._review(watch)
+            due = [watch for watch in self._watches if self._visibility.is_due(watch.view)]
+            for start in range(0, len(due), _REVIEWED_AT_ONCE):
+                some = due[start : start + _REVIEWED_AT_ONCE]
+                await asyncio.gather(*(self._review(watch) for watch in some if watch in self._watches))
+                await asyncio.sleep(_PAUSE_SECONDS)
 
     async def _watch(
         self, channel: Channel, subjects: frozenset[UUID] | None, topics: tuple[str, ...] | None
     ) -> None:
         if channel.closed:
             return
-        view = View(channel.socket.caller.user_id, subjects)
+        watch = Watch(channel, View(channel.socket.caller.user_id, subjects), topics)
         # Known before it is filled, so that a change meanwhile is not missed.
-        watch = self._watches[channel] = Watch(channel, view, topics)
-        self._by_viewer.setdefault(view.viewer_id, set()).add(watch)
-        watch.is_reviewed = True
-        try:
-            await self._visibility.refresh(view)
-            if self._watches.get(channel) is watch:
-                await self._show(watch)
-        finally:
-            watch.is_reviewed = False
-        if watch.is_outdated:
-            await self._review(watch)
+        self._watches.add(watch)
+        await self._review(watch, is_new=True)
 
-    async def _review(self, watch: Watch) -> None:
-        """Ask what the viewer may see now. One question at a time: a slow answer must not replace a newer one."""
+    async def _review(self, watch: Watch, *, is_new: bool = False) -> None:
+        """Ask what the viewer may see now, and tell them if that is new.
+
+        One question at a time: a slow answer must not replace a newer one.
+        """
         watch.is_outdated = True
         if watch.is_reviewed:
             return
@@ -143,11 +129,19 @@ class Whereabouts:
         try:
             while watch.is_outdated:
                 watch.is_outdated = False
-                has_changed = await self._visibility.refresh(watch.view)
-                if has_changed and self._watches.get(watch.channel) is watch:
+                has_changed = await self._ask(watch)
+                if (has_changed or is_new) and watch in self._watches:
+                    is_new = False
                     await self._show(watch)
         finally:
             watch.is_reviewed = False
+
+    async def _ask(self, watch: Watch) -> bool:
+        self._watches.begin(watch)
+        try:
+            return await self._visibility.refresh(watch.view)
+        finally:
+            self._watches.end(watch)
 
     def _switch(self) -> None:
         """Follow the feature being switched on or off."""
@@ -157,13 +151,13 @@ class Whereabouts:
         if self._is_shown:
             self._hold(self._show_all())
             return
-        for channel in self._watches:
-            self.presence.unfollow(channel)
-            channel.push("presence_state", {})
+        for watch in self._watches:
+            self.presence.unfollow(watch.channel)
+            watch.channel.push("presence_state", {})
 
     async def _show_all(self) -> None:
-        for watch in tuple(self._watches.values()):
-            if self._watches.get(watch.channel) is watch:
+        for watch in self._watches:
+            if watch in self._watches:
                 await self._show(watch)
 
     async def _show(self, watch: Watch) -> None:
@@ -185,7 +179,7 @@ class Whereabouts:
     def _may_see(self, viewer: Caller, key: str) -> bool:
         subject = UUID(key)
         return subject == viewer.user_id or any(
-            subject in watch.view.online for watch in self._by_viewer.get(viewer.user_id, ())
+            subject in watch.view.online for watch in self._watches.of(viewer.user_id)
         )
 
     def _went_offline(self, topic: str, key: str, at: float) -> None:

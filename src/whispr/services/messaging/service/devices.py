@@ -63,7 +63,7 @@ class Devices:
 
     def changed(self, user_id: UUID) -> None:
         """The list of `user_id` is not what it was."""
-        self._known.forget_key(user_id)
+        self._known.forget(user_id)
 
     def forget_all(self) -> None:
         """Nobody's list is to be relied on."""

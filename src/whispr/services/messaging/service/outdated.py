@@ -26,7 +26,8 @@ class _Hint(msgspec.Struct):
 class Outdated:
     """Forgets devices and relations when auth or user say so.
 
-    `on_shown` is told whose presence may show otherwise, `on_devices` whose device list has changed and its new epoch.
+    `on_shown` is told whose presence may show otherwise, `on_devices` whose device list has changed and its new epoch,
+    `on_missed` that hints may have been missed.
     """
 
     def __init__(
@@ -36,18 +37,21 @@ class Outdated:
         contact: Contact,
         on_shown: Callable[[UUID], None],
         on_devices: Callable[[UUID, int], None],
+        on_missed: Callable[[], None],
     ) -> None:
         self._cache = cache
         self._devices = devices
         self._contact = contact
         self._on_shown = on_shown
         self._on_devices = on_devices
+        self._on_missed = on_missed
 
     def start(self) -> None:
         """Listen. After a loss of Valkey everything is forgotten: hints were missed."""
         self._cache.subscribe(HINTS, self._hear)
         self._cache.on_reconnect(self._devices.forget_all)
         self._cache.on_reconnect(self._contact.forget_all)
+        self._cache.on_reconnect(self._on_missed)
 
     def _hear(self, data: bytes) -> None:
         try:
@@ -62,6 +66,6 @@ class Outdated:
             self._devices.changed(hint.user_id)
             if hint.epoch is not None:
                 self._on_devices(hint.user_id, hint.epoch)
-        elif hint.kind in ("relations", "profile"):
+        elif hint.kind == "relations":
             self._contact.changed(hint.user_id)
             self._on_shown(hint.user_id)

@@ -97,14 +97,8 @@ class ReadThrough(Generic[K, V]):
         entry = self._entries.get(key)
         return None if entry is None else entry.value
 
-    def forget(self, chosen: Callable[[K], bool]) -> None:
-        """Drop what has changed at the neighbour. Answers under way are not believed either."""
-        for key in [key for key in self._entries if chosen(key)]:
-            del self._entries[key]
-        self._outdated.update(key for key in self._loading if chosen(key))
-
-    def forget_key(self, key: K) -> None:
-        """`forget` for one key."""
+    def forget(self, key: K) -> None:
+        """Drop what has changed at the neighbour. An answer under way is not believed either."""
         self._entries.pop(key, None)
         if key in self._loading:
             self._outdated.add(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Final, Protocol
 from uuid import UUID
@@ -13,8 +14,19 @@ from whispr.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
-# Changes are announced by hints; a lost one is made good after this many seconds.
-_LIFETIME: Final = 300.0
+# Changes are announced by hints, and what may have been missed while Valkey was away is made good at once. Only a hint that
+# died with the process that had it to give is made good after this many seconds: asking for all the contacts of everybody
+# more often would cost more than everything else that people who only listen cost.
+_LIFETIME: Final = 3600.0
+
+# Views that are asked for together would be due together, too.
+_SPREAD: Final = 1 / 3
+
+# Questions at once: each may be for some thousand contacts, and their answers have two seconds.
+_ASKED_TOGETHER: Final = 25
+
+# Within so many seconds everything that is in doubt is asked for again.
+_DOUBT_SECONDS: Final = 60.0
 
 
 class PresenceVisibility(Protocol):
@@ -43,23 +55,20 @@ class View:
     `hidden`: those of them who do not show whether they are online.
     """
 
-    __slots__ = ("asked_at", "hidden", "last_seen", "online", "subjects", "viewer_id")
+    __slots__ = ("due_at", "hidden", "last_seen", "online", "subjects", "viewer_id")
 
     def __init__(self, viewer_id: UUID, subjects: frozenset[UUID] | None) -> None:
         self.viewer_id = viewer_id
         self.subjects = subjects
-        self.asked_at = float("-inf")
+        self.due_at = float("-inf")
         self.online: frozenset[UUID] = frozenset()
         self.last_seen: frozenset[UUID] = frozenset()
         self.hidden: frozenset[UUID] = frozenset()
 
-    def has_contact(self, user_id: UUID) -> bool:
-        """Whether this is the view of somebody's contacts, and `user_id` one of them."""
-        return self.subjects is None and (user_id in self.online or user_id in self.hidden)
-
-    def concerns(self, user_id: UUID) -> bool:
-        """Whether a change of `user_id`'s relations or privacy may change this view."""
-        return user_id == self.viewer_id or self.subjects is None or user_id in self.subjects
+    @property
+    def people(self) -> frozenset[UUID]:
+        """Whose relations or privacy decide what it shows, besides the viewer's."""
+        return self.online | self.hidden if self.subjects is None else self.subjects - {self.viewer_id}
 
 
 class Visibility:
@@ -67,16 +76,20 @@ class Visibility:
 
     def __init__(self, source: PresenceSource, clock: Clock) -> None:
         # Everybody looks at once when a node starts and its people come back.
-        self._questions = Batcher(source.presence_visibility)
+        self._questions = Batcher(source.presence_visibility, largest=_ASKED_TOGETHER)
         self._clock = clock
 
     def is_due(self, view: View) -> bool:
         """Whether the view is old enough to be asked for again."""
-        return self._clock.time() - view.asked_at >= _LIFETIME
+        return self._clock.time() >= view.due_at
+
+    def suspect(self, view: View) -> None:
+        """The view may be wrong; it is due soon."""
+        view.due_at = min(view.due_at, self._clock.time() + random.uniform(0, _DOUBT_SECONDS))
 
     async def refresh(self, view: View) -> bool:
         """Ask for the view; whether it is another now."""
-        view.asked_at = self._clock.time()
+        view.due_at = self._clock.time() + _LIFETIME * random.uniform(1 - _SPREAD, 1)
         before = view.online, view.last_seen
         try:
             subjects = () if view.subjects is None else tuple(view.subjects - {view.viewer_id})
@@ -87,7 +100,7 @@ class Visibility:
             )
         except Failure as failure:
             log.warning("visibility_unknown", code=failure.code)
-            view.asked_at = float("-inf")
+            self.suspect(view)
             return False
         view.online = frozenset(answer.user_id for answer in answers if answer.online)
         view.last_seen = frozenset(answer.user_id for answer in answers if answer.last_seen)
