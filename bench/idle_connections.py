@@ -57,7 +57,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
         async with Fleet(Crowd, given) as fleet:
             row = await _joined(instance, fleet, arguments, len(seats))
             row |= await _at_rest(instance, fleet, arguments.seconds)
-            messages = await _messages(fleet, arguments)
+            messages = await _messages(instance, fleet, arguments)
     publish(
         "idle-connections",
         f"{arguments.people:,} people; each connection joined user:ID and a conversation, a heartbeat each 30 s; "
@@ -112,15 +112,21 @@ async def _at_rest(instance: Instance, fleet: Fleet, seconds: float) -> dict[str
     }
 
 
-async def _messages(fleet: Fleet, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+async def _messages(instance: Instance, fleet: Fleet, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Twice the same: what a worker must ask for at a conversation's first message is at hand at the next."""
     if not arguments.rate:
         return []
     await run_offer(fleet, Offer(50, 2, 1))
-    return [
-        {"messages": which, **await run_offer(fleet, Offer(arguments.rate, arguments.message_seconds, tag))}
-        for tag, which in ((2, "first of each conversation"), (3, "later ones"))
-    ]
+    rows = []
+    for tag, which in ((2, "first of each conversation"), (3, "later ones")):
+        offer = Offer(arguments.rate, arguments.message_seconds, tag)
+        before = used(instance)
+        row = await run_offer(fleet, offer)
+        spent = cpu_between(before, used(instance))
+        row["CPU ms each"] = 1000 * sum(spent.values()) / offer.total
+        row |= {f"of {name}": 1000 * cpu / offer.total for name, cpu in spent.items() if cpu >= 0.1}
+        rows.append({"messages": which, **row})
+    return rows
 
 
 def main(argv: list[str]) -> int:
