@@ -87,6 +87,10 @@ class Crowd:
         """How many connections are open."""
         return sum(not device.closed.done() for _, device in self._devices)
 
+    async def ended(self) -> Counter[int]:
+        """How many connections are closed, by the code they were closed with; 0: without one."""
+        return Counter(device.close_code for _, device in self._devices if device.closed.done())
+
     async def prepare(self, rate: float, seconds: float, tag: int) -> None:
         """Make the messages of an offer, of which this process sends its share."""
         listeners = Counter(seat.conversation for seat, _ in self._devices if not seat.sends)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections import Counter
 from typing import Any
 
 import uvloop
@@ -58,6 +59,9 @@ async def _measure(arguments: argparse.Namespace) -> int:
             row = await _joined(instance, fleet, arguments, len(seats))
             row |= await _at_rest(instance, fleet, arguments.seconds)
             messages = await _messages(instance, fleet, arguments)
+            ended = sum(await fleet.call("ended"), Counter[int]())
+    if ended:
+        row["closed, by code"] = ", ".join(f"{code}: {count}" for code, count in sorted(ended.items()))
     publish(
         "idle-connections",
         f"{arguments.people:,} people; each connection joined user:ID and a conversation, a heartbeat each 30 s; "
@@ -124,7 +128,7 @@ async def _messages(instance: Instance, fleet: Fleet, arguments: argparse.Namesp
         row = await run_offer(fleet, offer)
         spent = cpu_between(before, used(instance))
         row["CPU ms each"] = 1000 * sum(spent.values()) / offer.total
-        row |= {f"of {name}": 1000 * cpu / offer.total for name, cpu in spent.items() if cpu >= 0.1}
+        row |= {f"of {name}": 1000 * cpu / offer.total for name, cpu in spent.items()}
         rows.append({"messages": which, **row})
     return rows
 

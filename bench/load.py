@@ -143,6 +143,7 @@ class Device(WSListener):
     def __init__(self) -> None:
         self.transport: WSTransport | None = None
         self.on_frame: Callable[[bytes], None] | None = None
+        self.close_code = 0
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._replies: dict[bytes, asyncio.Future[bytes]] = {}
         self._pushes = 0
@@ -161,6 +162,7 @@ class Device(WSListener):
             if self.on_frame is not None:
                 self.on_frame(data)
         elif frame.msg_type == WSMsgType.CLOSE:
+            self.close_code = int(frame.get_close_code() or 0)
             transport.send_close(frame.get_close_code())
             transport.disconnect()
 

@@ -6,7 +6,6 @@ import asyncio
 
 import pytest
 
-from whispr.kit import batching
 from whispr.kit.batching import Batcher
 from whispr.kit.errors import Unavailable
 
@@ -90,11 +89,10 @@ async def test_whoever_was_just_answered_may_ask_again_at_once() -> None:
             assert await batcher.ask(number) == 2 * number
 
 
-async def test_questions_that_keep_coming_are_held_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "SPAN", 0.5)
+async def test_questions_that_keep_coming_are_held_apart() -> None:
     oracle = Oracle()
     oracle.gate.set()
-    batcher = Batcher(oracle.answer, largest=3)
+    batcher = Batcher(oracle.answer, largest=3, span=0.5)
     for number in range(5):
         assert await batcher.ask(number) == 2 * number
     assert oracle.batches == [[0], [1], [2], [3], [4]], "whoever asks a few things waits for nothing"
@@ -105,11 +103,10 @@ async def test_questions_that_keep_coming_are_held_apart(monkeypatch: pytest.Mon
     assert oracle.batches[5:] == [[5, 6]], "the sixth waits, and the seventh goes along"
 
 
-async def test_full_batches_are_not_held_apart_and_leave_no_debt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "SPAN", 0.5)
+async def test_full_batches_are_not_held_apart_and_leave_no_debt() -> None:
     oracle = Oracle()
     oracle.gate.set()
-    batcher = Batcher(oracle.answer, largest=2)
+    batcher = Batcher(oracle.answer, largest=2, span=0.5)
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(5):
         # One span each would be 100 s.

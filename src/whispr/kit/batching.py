@@ -1,8 +1,8 @@
 """Questions that come at the same time, answered together.
 
 Statements and remote calls cost far more than what they carry. One is asked as soon as a lane is free, with whatever has
-come by then, so batches grow with the load and a lone question goes at once. Where questions keep coming faster than every
-`SPAN`, batches are that far apart: many processes with a little to ask each would wear out the one they all ask.
+come by then, so batches grow with the load and a lone question goes at once. Where questions keep coming, batches are a span
+apart: many processes with a little to ask each would wear out the one they all ask.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final, Generic, TypeVar
 from whispr.kit.errors import Unavailable
 
 SPAN: Final = 0.02
-"""Seconds. As long as a person at most waits for others' questions, where many come."""
+"""Seconds. What somebody waits for may wait that much longer for others' questions, where many come."""
 
 # So many batches may follow each other at once before they are held apart: a person who comes has several questions.
 _BURST: Final = 5
@@ -28,15 +28,21 @@ class Batcher(Generic[Q, A]):
     """`answer(questions)` gives the answers in the order of the questions, and is what `ask` raises when it fails.
 
     At most `lanes` batches of at most `largest` questions are under way. A question is asked after it was put, never
-    answered from a batch that began before.
+    answered from a batch that began before. Where they keep coming, batches begin `span` seconds apart.
     """
 
     def __init__(
-        self, answer: Callable[[list[Q]], Awaitable[Sequence[A]]], *, largest: int = 100, lanes: int = 1
+        self,
+        answer: Callable[[list[Q]], Awaitable[Sequence[A]]],
+        *,
+        largest: int = 100,
+        lanes: int = 1,
+        span: float = SPAN,
     ) -> None:
         self._answer = answer
         self._largest = largest
         self._lanes = lanes
+        self._span = span
         self._waiting: deque[tuple[Q, asyncio.Future[A]]] = deque()
         self._working: set[asyncio.Task[None]] = set()
         self._is_starting = False
@@ -79,8 +85,8 @@ class Batcher(Generic[Q, A]):
     async def _hold_apart(self) -> None:
         now = asyncio.get_running_loop().time()
         # Full batches, which nobody holds apart, must leave no debt that the next small one would wait for.
-        self._due = min(max(self._due, now) + SPAN, now + (_BURST + 1) * SPAN)
-        wait = self._due - now - _BURST * SPAN
+        self._due = min(max(self._due, now) + self._span, now + (_BURST + 1) * self._span)
+        wait = self._due - now - _BURST * self._span
         if wait > 0 and len(self._waiting) < self._largest:
             await asyncio.sleep(wait)
 

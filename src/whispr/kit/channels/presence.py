@@ -249,9 +249,11 @@ class Presence:
         """Those of `user_ids` who are present on their own topic on any node; on this one only while Valkey is away."""
         topics = {self._user_topic(user_id): user_id for user_id in user_ids}
         here = {topic for topic in topics if (record := self._topics.get(topic)) and record.entries}
+        unknown = [topic for topic in topics if topic not in here]
         elsewhere: set[str] = set()
         try:
-            elsewhere = await self._occupied.ask([topic for topic in topics if topic not in here])
+            if unknown:
+                elsewhere = await self._occupied.ask(unknown)
         except LOST_CACHE:
             log.warning("presence_store_lost", during="online")
         return {topics[topic] for topic in here | elsewhere}
