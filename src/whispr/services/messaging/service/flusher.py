@@ -51,6 +51,12 @@ MAX_BATCH: Final = 500
 # messages they are for. Once so many were taken within so many seconds, the rest waits for the next such span.
 SPAN: Final = 0.008
 _BUSY: Final = 24
+
+# Where small batches take long the machine is busy with many processes that each have little to store. Then the next one
+# waits for as long as the last one took, up to so many seconds, and carries what comes meanwhile.
+_SMALL: Final = 8
+_LONG: Final = 0.004
+_MAX_REST: Final = 0.02
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 
 # Seconds. A message that would wait for longer behind others is better refused at once and sent again.
@@ -207,7 +213,7 @@ class Flusher:
                 self._repeat(self._has_arrived, self._arrived, self._take_arrived, self._verify)
             )
             stages.create_task(
-                self._repeat(self._has_verified, self._verified, self._take_verified, self._commit)
+                self._repeat(self._has_verified, self._verified, self._take_verified, self._commit, _MAX_REST)
             )
 
     async def _repeat(
@@ -216,6 +222,7 @@ class Flusher:
         queue: deque[Admitted],
         take: Callable[[], list[Admitted]],
         handle: Callable[[list[Admitted]], Awaitable[None]],
+        max_rest: float = 0.0,
     ) -> None:
         span_began, taken = 0.0, 0
         while True:
@@ -228,6 +235,7 @@ class Flusher:
                 span_began, taken = time.monotonic(), 0
             batch = take()
             taken += len(batch)
+            began = time.monotonic()
             try:
                 await handle(batch)
             except asyncio.CancelledError:
@@ -237,6 +245,9 @@ class Flusher:
                 # The loop must live: everybody behind this batch is waiting for it.
                 log.exception("flush_failed", messages=len(batch))
                 self._refuse(batch, Internal())
+            took = time.monotonic() - began
+            if max_rest and took > _LONG and len(batch) < _SMALL:
+                await asyncio.sleep(min(took, max_rest))
 
     def _take_arrived(self) -> list[Admitted]:
         return [self._arrived.popleft() for _ in range(min(MAX_BATCH, len(self._arrived)))]
