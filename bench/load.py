@@ -162,7 +162,7 @@ class Device(WSListener):
             if self.on_frame is not None:
                 self.on_frame(data)
         elif frame.msg_type == WSMsgType.CLOSE:
-            self.close_code = int(frame.get_close_code() or 0)
+            self.close_code = frame.get_close_code().value
             transport.send_close(frame.get_close_code())
             transport.disconnect()
 
