@@ -23,6 +23,9 @@ log = get_logger(__name__)
 
 _MESSAGE: Final = b"message"
 
+# Servers may push other things of their own accord, which answer nothing.
+_ANSWERS: Final = (b"subscribe", b"unsubscribe")
+
 # A server that reads no more is noticed within seconds; until then so much is kept for it.
 _MAX_UNSENT_BYTES: Final = 16 * 1024 * 1024
 
@@ -93,10 +96,10 @@ class Subscription(asyncio.Protocol):
         self.has_heard = True
         self._reader.feed(data)
         while (item := self._reader.gets()) is not False:
-            if isinstance(item, list) and item[0] == _MESSAGE:
-                self._deliver(item[1], item[2])
-            else:
+            if not isinstance(item, list) or item[0] in _ANSWERS:
                 self._settle(item)
+            elif item[0] == _MESSAGE:
+                self._deliver(item[1], item[2])
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing more will come."""
