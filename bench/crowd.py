@@ -19,6 +19,7 @@ from bench.stream import Offer, Sender, Stream, Taken, described, merged
 
 HEARTBEAT = b'[null,"h","phoenix","heartbeat",{}]'
 HEARTBEAT_SECONDS = 30.0
+_SLOTS = 300
 
 _TRIES = 20
 _PASSING = frozenset(
@@ -121,19 +122,17 @@ class Crowd:
         return self._stream.taken
 
     async def _beat(self) -> None:
-        """Heartbeats of all devices, spread evenly over the period."""
-        position = 0.0
+        """A heartbeat of each device every period, spread evenly over it; of a new one within the first."""
+        began, beaten = time.monotonic(), 0
         while True:
-            before = time.monotonic()
             await asyncio.sleep(0.1)
-            size = len(self._devices)
-            upto = position + (time.monotonic() - before) / HEARTBEAT_SECONDS * size
-            for number in range(int(position), int(upto)):
-                device = self._devices[number % size][1]
-                if not device.closed.done():
-                    with suppress(OSError):
-                        device.send(HEARTBEAT)
-            position = upto % size if size else 0.0
+            upto = int((time.monotonic() - began) / HEARTBEAT_SECONDS * _SLOTS)
+            for slot in range(beaten, upto):
+                for _, device in self._devices[slot % _SLOTS :: _SLOTS]:
+                    if not device.closed.done():
+                        with suppress(OSError):
+                            device.send(HEARTBEAT)
+            beaten = upto
 
 
 def _joiner(crowd: Crowd, seat: Seat, with_user_topic: bool) -> Callable[[], Any]:
