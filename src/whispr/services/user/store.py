@@ -113,18 +113,6 @@ async def user_id_of(conn: Connection, username: str) -> UUID | None:
     return value if isinstance(value, UUID) else None
 
 
-async def related_profiles(
-    conn: Connection, viewer_id: UUID, user_ids: Sequence[UUID]
-) -> list[RelatedProfile]:
-    """The living ones of `user_ids` as they stand to `viewer_id`."""
-    rows = await conn.fetch(
-        f"SELECT {_PROFILE}, {_RELATION} FROM profiles p WHERE p.user_id = ANY($2::uuid[]) AND p.state <> 'erased'",
-        viewer_id,
-        user_ids,
-    )
-    return [_related(row) for row in rows]
-
-
 async def related_pairs(conn: Connection, pairs: Sequence[tuple[UUID, UUID]]) -> list[RelatedProfile | None]:
     """For each (viewer, subject) the subject as it stands to the viewer; None where there is no such living person."""
     rows = await conn.fetch(

@@ -85,7 +85,7 @@ class Whereabouts:
         return self._watches.having_contact(user_id)
 
     def suspect(self) -> None:
-        """Hints may have been missed: every view is asked for again, one after the other."""
+        """Hints may have been missed: every view is asked for again soon."""
         for watch in self._watches:
             self._visibility.suspect(watch.view)
 

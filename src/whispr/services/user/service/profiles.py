@@ -99,10 +99,10 @@ class Profiles:
         await self._limiter.check("user-view", str(viewer_id), self._settings.views_per_minute, 60)
         await self._directory.ensure([user_id])
         async with self._database.connection() as conn:
-            found = await store.related_profiles(conn, viewer_id, [user_id])
-        if not found:
+            (found,) = await store.related_pairs(conn, [(viewer_id, user_id)])
+        if found is None:
             raise UserNotFound
-        return shown(found[0], viewer_id)
+        return shown(found, viewer_id)
 
     async def search(self, viewer_id: UUID, username: str) -> list[PublicProfile]:
         """The person of exactly that name, or nobody. Raises InvalidUsername, RateLimited."""
@@ -111,9 +111,8 @@ class Profiles:
         if user_id is None:
             return []
         async with self._database.connection() as conn:
-            return [
-                shown(found, viewer_id) for found in await store.related_profiles(conn, viewer_id, [user_id])
-            ]
+            (found,) = await store.related_pairs(conn, [(viewer_id, user_id)])
+        return [] if found is None else [shown(found, viewer_id)]
 
     async def batch(self, user_ids: Sequence[UUID]) -> list[Profile]:
         """The profiles of at most 1,000 people for a neighbouring service; unknown ids are left out."""
